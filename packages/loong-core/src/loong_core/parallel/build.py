@@ -1,0 +1,69 @@
+"""What an engine hands to a family's `builder`, and what the builder must hand back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from loong_core.ops import Ops
+    from loong_core.train.engine import Batch, LocalParameter
+    from loong_core.types import ParallelPlan, PrecisionPolicy
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildContext:
+    """Everything a builder may know of the run; it asks no global state.
+
+    `layers` satisfies megatron-core's `BackendSpecProvider`; `groups` is its `ProcessGroupCollection`. `chunks` holds,
+    for every pipeline chunk of this rank in order, the global indices of its layers. The chunk with
+    `first[i]` owns the embedding, the one with `last[i]` the final norm and the head.
+    """
+
+    plan: ParallelPlan
+    precision: PrecisionPolicy
+    ops: Ops
+    layers: Any
+    groups: Any
+    device: str
+    chunks: tuple[tuple[int, ...], ...]
+    first: tuple[bool, ...]
+    last: tuple[bool, ...]
+    dropout: float = 0.0
+    deterministic: bool = False
+
+
+class Chunk(Protocol):
+    """One pipeline chunk of a model: an `nn.Module` the megatron schedules can drive.
+
+    `forward(batch)` takes this rank's (already context-parallel) slice of a micro-batch and returns hidden states, or
+    on the last chunk the model's output (language models: logits [batch, sequence, padded vocabulary / tp]).
+    """
+
+    config: Any
+    """The `TransformerConfig` the chunk was built with."""
+
+    def forward(self, batch: Batch) -> Tensor: ...
+
+    def set_input_tensor(self, input_tensor: Any) -> None: ...
+
+    def local_parameters(self) -> Iterable[LocalParameter]:
+        """Every trainable or frozen parameter of the chunk with its `ParameterSpec`; a tied copy on the last stage is
+        not listed."""
+
+    def auxiliary_losses(self) -> dict[str, Tensor]:
+        """Scalar losses of the last forward, coefficients applied, to be added per counted token; the same value on
+        all ranks that share the micro-batch. Called right after `forward` on the last chunk; empty when there are none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossContext:
+    """What a task's loss may know: the bound ops, the tensor-parallel group of the output, the true vocabulary."""
+
+    ops: Ops
+    tensor_group: Any
+    vocabulary: int
+    plan: ParallelPlan

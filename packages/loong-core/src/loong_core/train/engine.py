@@ -1,0 +1,74 @@
+"""What the training loop knows of an engine: five verbs and a view of the parameters.
+
+The loop drives whichever engine the planner built, on any device, for any modality. Everything here is per rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from loong_core.types import ParameterSpec
+
+Batch = dict[str, "Tensor"]
+"""One micro-batch, the same on every rank of a data-parallel replica. Text: `tokens`, `targets` (shifted already,
+-100 = not counted), `positions`, all [micro_batch, seq_len] int64, and `segments` (the number of the packed sample a
+token belongs to, -1 = padding), present when rows are packed or padded."""
+
+
+class LossSum(NamedTuple):
+    """A loss as a sum and the number of counted elements, so that averaging happens once, over the global batch.
+
+    `sum` is a scalar tensor with gradient, `count` a scalar tensor without. `extra` are further reported sums.
+    """
+
+    sum: Tensor
+    count: Tensor
+    extra: dict[str, Tensor] = {}
+
+
+class LocalParameter(NamedTuple):
+    """A parameter this rank holds: what it is globally, and the local part of it (never a copy)."""
+
+    spec: ParameterSpec
+    tensor: Tensor
+
+
+class Engine(Protocol):
+    """A model with its gradients and its optimizer under one parallel layout. Every method is collective."""
+
+    modules: list[nn.Module]
+    """The model's pipeline chunks on this rank, unwrapped."""
+
+    def forward_backward(self, batches: Sequence[Batch]) -> dict[str, float]:
+        """Accumulate gradients of the global batch's mean loss. Returns `loss` and what else the task reports,
+        reduced over all ranks: the same numbers on every rank. `counted` is the number of counted elements."""
+
+    def step(self, lr: float) -> float:
+        """Clip, update, clear gradients. Returns the global gradient norm before clipping (same on every rank)."""
+
+    def evaluate(self, batches: Sequence[Batch]) -> dict[str, float]:
+        """As `forward_backward`, without gradients and in evaluation mode."""
+
+    def save_state(self, folder: Path) -> None:
+        """Write model, optimizer and random state into `folder` (exists, empty) in a layout-independent form."""
+
+    def load_state(self, folder: Path) -> None:
+        """The reverse, under this engine's own layout. Random state is restored where the layout is the same."""
+
+    def parameters(self) -> Iterable[LocalParameter]:
+        """This rank's parameters in the order of the model's parameter list; tied copies only once."""
+
+    def gather(self, parameter: LocalParameter) -> Tensor | None:
+        """The full tensor, without padding, on the one rank that shall write it; None on the others. Collective over
+        the ranks that hold parts of the same parameter."""
+
+    def weights_changed(self) -> None:
+        """Tell the engine that parameters were overwritten (master copies are refreshed)."""
+
+    def close(self) -> None:
+        """Release process groups and threads."""
