@@ -1,4 +1,4 @@
-"""What the training loop knows of an engine: five verbs and a view of the parameters.
+"""What the training loop knows of an engine: a few verbs and a view of the parameters.
 
 The loop drives whichever engine the planner built, on any device, for any modality. Everything here is per rank.
 """
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from loong_core.recipe import OptimSection
     from loong_core.types import ParameterSpec
 
 Batch = dict[str, "Tensor"]
@@ -44,9 +45,13 @@ class Engine(Protocol):
     modules: list[nn.Module]
     """The model's pipeline chunks on this rank, unwrapped."""
 
-    def forward_backward(self, batches: Sequence[Batch]) -> dict[str, float]:
+    def optimizer(self, section: OptimSection) -> None:
+        """Prepare gradients and optimizer. Called once, after weights are loaded and plugins have seen the model."""
+
+    def forward_backward(self, batches: Sequence[Batch], step: int) -> dict[str, float]:
         """Accumulate gradients of the global batch's mean loss. Returns `loss` and what else the task reports,
-        reduced over all ranks: the same numbers on every rank. `counted` is the number of counted elements."""
+        reduced over all ranks: the same numbers on every rank. `counted` is the number of counted elements.
+        Randomness (dropout) is a function of seed, 0-based `step` and rank, so there is no random state to save."""
 
     def step(self, lr: float) -> float:
         """Clip, update, clear gradients. Returns the global gradient norm before clipping (same on every rank)."""
@@ -55,10 +60,10 @@ class Engine(Protocol):
         """As `forward_backward`, without gradients and in evaluation mode."""
 
     def save_state(self, folder: Path) -> None:
-        """Write model, optimizer and random state into `folder` (exists, empty) in a layout-independent form."""
+        """Write weights and optimizer state into `folder` (exists, empty) in a layout-independent form."""
 
-    def load_state(self, folder: Path) -> None:
-        """The reverse, under this engine's own layout. Random state is restored where the layout is the same."""
+    def load_state(self, folder: Path, optimizer: bool = True) -> None:
+        """The reverse, under this engine's own layout. `optimizer=False` reads the weights alone."""
 
     def parameters(self) -> Iterable[LocalParameter]:
         """This rank's parameters in the order of the model's parameter list; tied copies only once."""

@@ -1,0 +1,310 @@
+"""The megatron engine: megatron-core's groups, schedules, gradient buffers and optimizer behind the `Engine` protocol.
+
+Only this file initialises megatron's parallel state. The gradient is that of the mean over all counted elements of
+the global batch: every micro-batch contributes a sum, and the division by the global count happens once, after the
+reduction (megatron's `calculate_per_token_loss`), so the cut over ranks and micro-batches does not change it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from loong_core.parallel import megatron_state
+from loong_core.parallel.build import BuildContext, LossContext
+from loong_core.parallel.context import slice_batch
+from loong_core.parallel.options import MegatronOptions
+from loong_core.registry import resolve
+from loong_core.train.engine import Batch, LocalParameter
+from loong_core.weights import unshard
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from loong_core.recipe import OptimSection
+    from loong_core.train.run import Run
+    from loong_core.types import ParallelPlan
+
+
+def build(run: Run) -> MegatronEngine:
+    """Initialise megatron's process groups for `run.plan` and build this rank's chunks of the model.
+
+    The parameters hold no meaningful values yet, and there is no optimizer: `optimizer()` follows once weights are
+    loaded and plugins have seen the model.
+    """
+    plan = run.plan
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=plan.tp,
+        pipeline_model_parallel_size=plan.pp,
+        virtual_pipeline_model_parallel_size=plan.vpp if plan.vpp > 1 else None,
+        context_parallel_size=plan.cp,
+        expert_model_parallel_size=plan.ep,
+        expert_tensor_parallel_size=plan.etp,
+        create_gloo_process_groups=False,
+    )
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    tensor_parallel.model_parallel_cuda_manual_seed(_mixed(run.recipe.run.seed, 0))
+    stages = range(groups.pp.rank(), plan.pp * plan.vpp, plan.pp)
+    context = BuildContext(
+        plan=plan,
+        precision=run.precision,
+        ops=run.ops,
+        layers=resolve(run.backend.layer_provider)(run.ops),
+        groups=groups,
+        device=run.device,
+        chunks=tuple(plan.stages[stage] for stage in stages),
+        first=tuple(stage == 0 for stage in stages),
+        last=tuple(stage == plan.pp * plan.vpp - 1 for stage in stages),
+        dropout=run.recipe.model.dropout,
+        deterministic=run.recipe.run.deterministic,
+    )
+    return MegatronEngine(run, groups, resolve(run.family.builder)(run.shape, context))
+
+
+def _mixed(seed: int, step: int) -> int:
+    """A seed that differs for every (seed, step) and stays far below 2**31, which megatron adds rank offsets to."""
+    digest = hashlib.sha256(f"{seed}:{step}".encode()).digest()
+    return int.from_bytes(digest[:4], "little") % (2**30)
+
+
+class MegatronEngine:
+    """See `loong_core.train.engine.Engine`."""
+
+    def __init__(self, run: Run, groups: ProcessGroupCollection, modules: list[nn.Module]) -> None:
+        self.modules = modules
+        self.groups = groups
+        self.plan: ParallelPlan = run.plan
+        self._run = run
+        self._options = MegatronOptions(**run.recipe.parallel.options)
+        self._loss = resolve(run.task.loss)
+        self._loss_context = LossContext(
+            ops=run.ops, tensor_group=groups.tp, vocabulary=run.shape.vocabulary, plan=run.plan
+        )
+        self._wrapped: list[DistributedDataParallel] = []
+        self._optimizer: Any = None
+        self._schedule = get_forward_backward_func()
+        self._names: list[str] | None = None
+
+    # ------------------------------------------------------------------------------------------ set-up
+    def optimizer(self, section: OptimSection) -> None:
+        """Wrap the chunks for gradient reduction and build the distributed optimizer over their parameters."""
+        data_parallel = self.plan.dp * self.plan.cp > 1
+        overlap = self._options.overlap and data_parallel
+        settings = DistributedDataParallelConfig(
+            use_distributed_optimizer=True,
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=overlap,
+            overlap_param_gather=overlap,
+            bucket_size=self._options.bucket_size,
+        )
+        self._wrapped = [
+            DistributedDataParallel(
+                config=cast(Any, module).config,
+                ddp_config=settings,
+                module=module,
+                disable_bucketing=index > 0,
+                pg_collection=self.groups,
+            )
+            for index, module in enumerate(self.modules)
+        ]
+        half = self._run.precision.parameters == "bfloat16"
+        self._optimizer = get_megatron_optimizer(
+            OptimizerConfig(
+                optimizer="adam",
+                lr=section.lr,
+                weight_decay=section.weight_decay,
+                adam_beta1=section.betas[0],
+                adam_beta2=section.betas[1],
+                adam_eps=section.eps,
+                # No clipping still wants the norm, which megatron computes only while it clips.
+                clip_grad=float("inf") if section.clip is None else section.clip,
+                bf16=half,
+                params_dtype=torch.bfloat16 if half else torch.float32,
+                use_distributed_optimizer=True,
+                overlap_param_gather=overlap,
+            ),
+            cast(Any, self._wrapped),
+            use_gloo_process_groups=False,
+        )
+        for module in self.modules:
+            config = cast(Any, module).config
+            config.finalize_model_grads_func = finalize_model_grads
+            config.grad_scale_func = self._optimizer.scale_loss
+            if overlap:
+                config.no_sync_func = self._per_chunk([chunk.no_sync for chunk in self._wrapped])
+                config.param_sync_func = self._per_chunk([chunk.start_param_sync for chunk in self._wrapped])
+
+    @staticmethod
+    def _per_chunk(functions: list[Any]) -> Any:
+        return functions if len(functions) > 1 else functions[0]
+
+    # ------------------------------------------------------------------------------------------ a step
+    def forward_backward(self, batches: Sequence[Batch], step: int) -> dict[str, float]:
+        """Gradients of the mean loss of `batches`; dropout is a function of seed, step and rank alone."""
+        tensor_parallel.model_parallel_cuda_manual_seed(_mixed(self._run.recipe.run.seed, step + 1))
+        for chunk in self._wrapped:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        self._optimizer.zero_grad()
+        return self._sweep(cast(Any, self._wrapped), batches, forward_only=False)
+
+    def evaluate(self, batches: Sequence[Batch]) -> dict[str, float]:
+        """Loss of `batches` in evaluation mode, without gradients."""
+        self._gather_parameters()
+        for module in self.modules:
+            module.eval()
+        with torch.no_grad():
+            result = self._sweep(self.modules, batches, forward_only=True)
+        for module in self.modules:
+            module.train()
+        return result
+
+    def _sweep(self, chunks: list[nn.Module], batches: Sequence[Batch], forward_only: bool) -> dict[str, float]:
+        reports = self._schedule(
+            forward_step_func=self._forward_step,
+            data_iterator=self._per_chunk([iter(batches) for _ in chunks]),
+            model=self._per_chunk(list(chunks)),
+            num_microbatches=len(batches),
+            seq_length=self._run.recipe.data.seq_len,
+            micro_batch_size=self._run.recipe.data.micro_batch,
+            forward_only=forward_only,
+        )
+        return self._reduced(reports)
+
+    def _forward_step(self, batches: Iterator[Batch], chunk: Any) -> tuple[Tensor, Any]:
+        batch = slice_batch(next(batches), self.plan.cp, self.groups.cp.rank())
+        batch = {name: tensor.to(self._run.device, non_blocking=True) for name, tensor in batch.items()}
+        module = chunk.module if isinstance(chunk, DistributedDataParallel) else chunk
+        return chunk(batch), partial(self._loss_sum, batch, module)
+
+    def _loss_sum(self, batch: Batch, module: Any, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        result = self._loss(output, batch, self._loss_context)
+        total = result.sum
+        report = {"count": result.count, **result.extra}
+        for name, value in module.auxiliary_losses().items():
+            # Weighted by the counted tokens, so that micro-batches and ranks average as the main loss does.
+            total = total + value * result.count
+            report[name] = (value * result.count).detach()
+        if len(report) > 1 + len(result.extra):
+            report["lm_loss"] = result.sum.detach()
+        report["loss"] = total.detach()
+        return total, result.count.to(torch.int), report
+
+    def _reduced(self, reports: list[dict[str, Tensor]]) -> dict[str, float]:
+        """Sums over micro-batches and ranks, as means over counted elements. Ranks that hold no output add zeros."""
+        names = self._report_names(reports)
+        sums = torch.zeros(len(names), dtype=torch.float64)
+        if self.groups.tp.rank() == 0:
+            for report in reports:
+                sums += torch.stack([report[name].detach().double().cpu() for name in names])
+        sums = sums.to(self._run.device)
+        dist.all_reduce(sums)
+        values = dict(zip(names, sums.tolist(), strict=True))
+        counted = values.pop("count")
+        return {"counted": counted} | {name: value / max(counted, 1.0) for name, value in values.items()}
+
+    def _report_names(self, reports: list[dict[str, Tensor]]) -> list[str]:
+        """The reported names. Only last stages have reports, so the last rank, which is one, tells the others."""
+        if self.plan.pp == 1:
+            return sorted(reports[0])
+        if self._names is None:
+            text = json.dumps(sorted(reports[0]) if reports else []).encode()
+            size = torch.tensor([len(text)], device=self._run.device)
+            dist.broadcast(size, src=self.plan.world - 1)
+            data = torch.zeros(int(size), dtype=torch.uint8)
+            if dist.get_rank() == self.plan.world - 1:
+                data = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+            data = data.to(self._run.device)
+            dist.broadcast(data, src=self.plan.world - 1)
+            self._names = json.loads(bytes(data.tolist()))
+        return self._names
+
+    def step(self, lr: float) -> float:
+        """One AdamW update at learning rate `lr`; returns the global gradient norm before clipping."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        _, norm, _ = self._optimizer.step()
+        return float(norm)
+
+    # ------------------------------------------------------------------------------------- parameters
+    def parameters(self) -> Iterable[LocalParameter]:
+        """This rank's parameters; tied copies only once."""
+        return itertools.chain.from_iterable(cast(Any, module).local_parameters() for module in self.modules)
+
+    def state_parameters(self) -> list[LocalParameter]:
+        """As `parameters`, and the copy of tied embeddings on the last stage: it has an optimizer state of its own."""
+        listed = list(self.parameters())
+        known = {id(parameter.tensor) for parameter in listed}
+        spare = [p for module in self.modules for p in module.parameters() if id(p) not in known]
+        if spare:
+            embed = next(spec for spec in self._run.shape.parameters if spec.role == "embed")
+            listed.extend(LocalParameter(embed, parameter) for parameter in spare)
+        return listed
+
+    def tensor_group(self, parameter: LocalParameter) -> Any:
+        """The ranks that hold the tensor-parallel parts of this parameter."""
+        return self.groups.tp if parameter.spec.expert is None else self.groups.expt_tp
+
+    def replica_group(self, parameter: LocalParameter) -> Any:
+        """The ranks that hold the same part of this parameter."""
+        return self.groups.dp_cp if parameter.spec.expert is None else self.groups.expt_dp
+
+    def gather(self, parameter: LocalParameter) -> Tensor | None:
+        """The full tensor on tensor-parallel rank 0 of the first replica, None elsewhere."""
+        spec, group = parameter.spec, self.tensor_group(parameter)
+        if self.replica_group(parameter).rank() != 0:
+            return None
+        tensor = parameter.tensor.detach()
+        if spec.axis is None or group.size() == 1:
+            return unshard([tensor], spec.axis, spec.blocks, self._extent(spec)) if group.rank() == 0 else None
+        parts = [torch.empty_like(tensor) for _ in range(group.size())]
+        dist.all_gather(parts, tensor.contiguous(), group=group)
+        return unshard(parts, spec.axis, spec.blocks, self._extent(spec)) if group.rank() == 0 else None
+
+    @staticmethod
+    def _extent(spec: Any) -> int | None:
+        return spec.shape[spec.axis] if spec.padded else None
+
+    def weights_changed(self) -> None:
+        """Bring the tied copy on the last stage, and master weights if there are any, up to date."""
+        if self._run.shape.tied_embeddings and self.plan.pp > 1 and (
+            self.groups.pp.rank() in (0, self.plan.pp - 1)
+        ):
+            mine = [p for p in self.state_parameters() if p.spec.role == "embed"]
+            source = dist.get_global_rank(self.groups.pp, 0)
+            dist.broadcast(mine[-1].tensor.data, src=source, group=self.groups.embd)
+        if self._optimizer is not None:
+            self._optimizer.reload_model_params()
+
+    def _gather_parameters(self) -> None:
+        """Finish a pending overlapped gather, so that the modules hold the updated parameters."""
+        for chunk in self._wrapped:
+            if chunk.ddp_config.overlap_param_gather:
+                chunk.start_param_sync(force_sync=True)
+
+    # ------------------------------------------------------------------------------------------ state
+    def save_state(self, folder: Path) -> None:
+        """Write weights and optimizer state as layout-independent tensors."""
+        self._gather_parameters()
+        megatron_state.save(folder, self, self._optimizer)
+
+    def load_state(self, folder: Path, optimizer: bool = True) -> None:
+        """Read what `save_state` wrote under any layout; `optimizer=False` reads the weights alone."""
+        megatron_state.load(folder, self, self._optimizer if optimizer else None)
+
+    def close(self) -> None:
+        """Forget megatron's groups; torch's process group belongs to the worker."""
+        parallel_state.destroy_model_parallel()

@@ -1,0 +1,71 @@
+"""The training loop: batches, gradients, update, report, evaluate, save. It knows no engine, modality or device."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import TYPE_CHECKING, Any
+
+from loong_core.errors import RunError
+from loong_core.train.schedule import learning_rate
+
+if TYPE_CHECKING:
+    from loong_core.data.stream import Stream
+    from loong_core.train.checkpoints import Checkpoints
+    from loong_core.train.engine import Engine
+    from loong_core.train.metrics import Reporter
+    from loong_core.train.run import Run
+
+
+def train(run: Run, engine: Engine, data: Stream, checkpoints: Checkpoints, report: Reporter) -> None:
+    """Train from `run.step` to the recipe's last step. `run.step` counts finished optimizer steps."""
+    steps = run.recipe.run.steps
+    while run.step < steps:
+        began = time.perf_counter()
+        batches = data.batches(run.step)
+        data_seconds = time.perf_counter() - began
+
+        losses = engine.forward_backward(batches, run.step)
+        _require_finite(run, "loss", losses["loss"])
+        lr = learning_rate(run.recipe.optim, run.step + 1, steps)
+        norm = engine.step(lr)
+        _require_finite(run, "gradient norm", norm)
+        run.step += 1
+
+        metrics: dict[str, Any] = dict(losses, grad_norm=norm, lr=lr, data_seconds=data_seconds)
+        metrics["step_seconds"] = time.perf_counter() - began
+        if _evaluation_due(run):
+            metrics["eval_loss"] = evaluate(run, engine, data)
+        report.step(run, metrics, data)
+        run.registry.events.step_end(run, metrics)
+        if checkpoints.due(run.step):
+            checkpoints.save(run, engine, data)
+
+
+def evaluate(run: Run, engine: Engine, data: Stream) -> float:
+    """Mean loss over the counted tokens of the held-out batches."""
+    section = run.recipe.data.eval
+    assert section is not None
+    total = count = 0.0
+    for index in range(section.batches):
+        losses = engine.evaluate(data.eval_batches(index))
+        total += losses["loss"] * losses["counted"]
+        count += losses["counted"]
+    return total / max(count, 1.0)
+
+
+def _evaluation_due(run: Run) -> bool:
+    section = run.recipe.data.eval
+    if section is None:
+        return False
+    last = run.step == run.recipe.run.steps
+    return last or (section.every is not None and run.step % section.every == 0)
+
+
+def _require_finite(run: Run, what: str, value: float) -> None:
+    if not math.isfinite(value):
+        raise RunError(
+            f"The {what} of step {run.step + 1} is {value}. Nothing of this step is saved; the newest checkpoint in "
+            f"{run.folder / 'checkpoints'} is intact. Lower optim.lr, set optim.clip, or look at this step's rows with "
+            f"`loong data inspect`."
+        )

@@ -1,0 +1,55 @@
+"""Where the first weights come from: a Hugging Face folder, a native checkpoint, or the seed."""
+
+from __future__ import annotations
+
+import fnmatch
+from typing import TYPE_CHECKING
+
+from loong_core.errors import CheckpointError, RecipeError
+from loong_core.registry import resolve
+from loong_core.train.init import initialise
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from loong_core.registry import Registry
+    from loong_core.train.engine import Engine
+    from loong_core.train.run import Run
+    from loong_core.types import CheckpointFormat
+
+DEFAULT_STD = 0.02
+
+
+def start_weights(run: Run, engine: Engine) -> None:
+    """Give the freshly built model its weights, and freeze what the recipe freezes."""
+    weights = run.recipe.model.weights
+    if weights is None:
+        initialise(engine, run.recipe.run.seed, float(run.shape.fields.get("init_std") or DEFAULT_STD))
+    else:
+        found = format_of(weights, run.registry)
+        resolve(found.load)(weights, run, engine)
+        engine.weights_changed()
+    freeze(run, engine)
+
+
+def freeze(run: Run, engine: Engine) -> None:
+    """Stop gradients of the parameters whose role matches a pattern of `model.freeze`."""
+    patterns = run.recipe.model.freeze
+    for pattern in patterns:
+        if not any(fnmatch.fnmatchcase(spec.role, pattern) for spec in run.shape.parameters):
+            roles = ", ".join(sorted({spec.role for spec in run.shape.parameters})[:8])
+            raise RecipeError(f"model.freeze: no parameter matches {pattern!r}. Roles look like: {roles}, ...")
+    for parameter in engine.parameters():
+        if any(fnmatch.fnmatchcase(parameter.spec.role, pattern) for pattern in patterns):
+            parameter.tensor.requires_grad_(False)
+
+
+def format_of(folder: Path, registry: Registry) -> CheckpointFormat:
+    """The installed checkpoint format that recognises `folder`."""
+    formats = registry.table("checkpoint_formats")
+    for candidate in formats.values():
+        if resolve(candidate.claims)(folder):
+            return candidate
+    raise CheckpointError(
+        f"{folder}: no installed checkpoint format recognises this folder. Installed: {', '.join(sorted(formats))}."
+    )

@@ -1,0 +1,120 @@
+"""What one rank does: `python -m loong_core.train.worker <resolved recipe.yaml>`, started by the launcher or torchrun.
+
+The exit code is that of the command line: 0, 1 (the run failed), 2 (the input is wrong). It is also left in
+`logs/exit-<rank>.json` of the run folder, because torchrun reports 1 for every failure.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from loong_core.train.engine import Engine
+    from loong_core.train.run import Run
+
+
+def main(recipe_path: Path) -> int:
+    """Train the resolved recipe at `recipe_path`, which lies in its run folder."""
+    from loong_core import log
+
+    folder = recipe_path.resolve().parent
+    rank = int(os.environ.get("RANK", "0"))
+    log.start(folder, rank)
+    code, message = 1, ""
+    try:
+        _train(recipe_path, folder)
+        code = 0
+    except BaseException as error:
+        code = getattr(error, "exit_code", 1)
+        message = f"{type(error).__name__}: {error}"
+        log.failure(error)
+        if os.environ.get("LOONG_DEBUG") or not hasattr(error, "exit_code"):
+            traceback.print_exc()
+        else:
+            print(f"error: {error}", file=sys.stderr)
+    finally:
+        (folder / "logs").mkdir(parents=True, exist_ok=True)
+        outcome = {"rank": rank, "exit_code": code, "message": message}
+        (folder / "logs" / f"exit-{rank:04d}.json").write_text(json.dumps(outcome))
+    return code
+
+
+def _train(recipe_path: Path, folder: Path) -> None:
+    """Build the run, bring in weights or a checkpoint, train, export, report."""
+    from loong_core import plugins, validate
+    from loong_core.recipe_load import load
+    from loong_core.registry import Registry, resolve
+
+    registry = Registry(plugins.load())
+    prepared = validate.prepare(load(str(recipe_path), [], registry), registry, worker=True)
+
+    from loong_core.train import run as runs
+
+    run = runs.create(prepared, registry, folder)
+    error: BaseException | None = None
+    try:
+        from loong_core.data.prepare import prepare
+
+        data = prepare(run.recipe, folder)
+        engine = resolve(run.registry.get("parallel_planners", run.plan.planner).build)(run)
+        _run(run, engine, data)
+        engine.close()
+    except BaseException as caught:
+        error = caught
+        raise
+    finally:
+        registry.events.run_end(run, error)
+        _leave(error)
+
+
+def _run(run: Run, engine: Engine, data: Any) -> None:
+    from loong_core.data.stream import Stream
+    from loong_core.train import report
+    from loong_core.train.checkpoints import Checkpoints
+    from loong_core.train.loop import train
+    from loong_core.train.metrics import Reporter
+    from loong_core.train.start import start_weights
+
+    checkpoints = Checkpoints(run)
+    found = checkpoints.newest()
+    if found is None:
+        start_weights(run, engine)
+    run.registry.events.model_built(engine.modules, run)
+    engine.optimizer(run.recipe.optim)
+    stream = Stream(run.recipe, data, run.plan, _replica(run))
+    if found is not None:
+        checkpoints.load(run, engine, stream, found)
+    reporter = Reporter(run)
+    run.registry.events.run_start(run)
+    try:
+        train(run, engine, stream, checkpoints, reporter)
+        checkpoints.finish(run, engine, stream)
+    finally:
+        reporter.close()
+    if run.recipe.checkpoint.export is not None:
+        checkpoints.export(run, engine)
+    if run.is_main:
+        report.write(run.folder)
+
+
+def _replica(run: Run) -> int:
+    """This rank's data-parallel index: megatron orders ranks tp, cp, (ep inside dp), dp, pp from fastest to slowest."""
+    return run.rank // (run.plan.tp * run.plan.cp) % run.plan.dp
+
+
+def _leave(error: BaseException | None) -> None:
+    """Leave the process group; after a failure without waiting for ranks that may be stuck in a collective."""
+    import torch.distributed as dist
+
+    if error is None and dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))
