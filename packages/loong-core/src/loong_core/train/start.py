@@ -21,7 +21,7 @@ DEFAULT_STD = 0.02
 
 
 def start_weights(run: Run, engine: Engine) -> None:
-    """Give the freshly built model its weights, and freeze what the recipe freezes."""
+    """Give the freshly built model its weights."""
     weights = run.recipe.model.weights
     if weights is None:
         initialise(engine, run.recipe.run.seed, float(run.shape.fields.get("init_std") or DEFAULT_STD))
@@ -29,7 +29,6 @@ def start_weights(run: Run, engine: Engine) -> None:
         found = format_of(weights, run.registry)
         resolve(found.load)(weights, run, engine)
         engine.weights_changed()
-    freeze(run, engine)
 
 
 def freeze(run: Run, engine: Engine) -> None:

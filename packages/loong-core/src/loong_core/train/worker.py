@@ -78,12 +78,13 @@ def _run(run: Run, engine: Engine, data: Any) -> None:
     from loong_core.train.checkpoints import Checkpoints
     from loong_core.train.loop import train
     from loong_core.train.metrics import Reporter
-    from loong_core.train.start import start_weights
+    from loong_core.train.start import freeze, start_weights
 
     checkpoints = Checkpoints(run)
     found = checkpoints.newest()
     if found is None:
         start_weights(run, engine)
+    freeze(run, engine)
     run.registry.events.model_built(engine.modules, run)
     engine.optimizer(run.recipe.optim)
     stream = Stream(run.recipe, data, run.plan, _replica(run))
