@@ -1,0 +1,246 @@
+"""Decoder-only models on megatron-core: all that is known of its model class, configuration and parameter names."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from loong_core.parallel.build import BuildContext
+from loong_core.train.engine import Batch, LocalParameter
+from loong_core.types import ModelShape
+from loong_core.weights import padded_extent
+from loong_llm import layers
+from loong_llm.rope import RotaryAngles
+from loong_llm.router import Balance, BalancedRouter
+from loong_llm.shape import is_sparse
+
+ROLES: dict[str, tuple[str, ...]] = {
+    "embed": ("embedding.word_embeddings.weight",),
+    "layers.*.attn.norm": ("decoder.layers.*.input_layernorm.weight",),
+    "layers.*.attn.qkv": ("decoder.layers.*.self_attention.linear_qkv.weight",),
+    "layers.*.attn.qkv_bias": ("decoder.layers.*.self_attention.linear_qkv.bias",),
+    "layers.*.attn.q_norm": ("decoder.layers.*.self_attention.q_layernorm.weight",),
+    "layers.*.attn.k_norm": ("decoder.layers.*.self_attention.k_layernorm.weight",),
+    "layers.*.attn.out": ("decoder.layers.*.self_attention.linear_proj.weight",),
+    "layers.*.attn.out_bias": ("decoder.layers.*.self_attention.linear_proj.bias",),
+    "layers.*.mlp.norm": ("decoder.layers.*.pre_mlp_layernorm.weight",),
+    "layers.*.mlp.up": ("decoder.layers.*.mlp.linear_fc1.weight",),
+    "layers.*.mlp.up_bias": ("decoder.layers.*.mlp.linear_fc1.bias",),
+    "layers.*.mlp.down": ("decoder.layers.*.mlp.linear_fc2.weight",),
+    "layers.*.mlp.down_bias": ("decoder.layers.*.mlp.linear_fc2.bias",),
+    "layers.*.moe.router": ("decoder.layers.*.mlp.router.weight",),
+    "layers.*.moe.up.#": (
+        "decoder.layers.*.mlp.experts.local_experts.#.linear_fc1.weight",
+        "decoder.layers.*.mlp.experts.linear_fc1.weight#",
+    ),
+    "layers.*.moe.down.#": (
+        "decoder.layers.*.mlp.experts.local_experts.#.linear_fc2.weight",
+        "decoder.layers.*.mlp.experts.linear_fc2.weight#",
+    ),
+    "final_norm": ("decoder.final_layernorm.weight",),
+    "head": ("output_layer.weight",),
+}
+"""Loong's role -> megatron-core's parameter names (`*` local layer, `#` local expert; one name per expert module)."""
+
+
+def _name_patterns() -> list[tuple[re.Pattern[str], str]]:
+    rows = []
+    for role, names in ROLES.items():
+        for name in names:
+            expression = re.escape(name).replace(r"\*", r"(?P<layer>\d+)").replace(r"\#", r"(?P<expert>\d+)")
+            rows.append((re.compile(expression), role))
+    return rows
+
+
+_NAMES = _name_patterns()
+
+
+def role_of(name: str, layers_here: tuple[int, ...], first_expert: int) -> str | None:
+    """The role of megatron-core's parameter `name` where `layers_here` and experts from `first_expert` on are held."""
+    for pattern, role in _NAMES:
+        if match := pattern.fullmatch(name):
+            found = match.groupdict()
+            if found.get("layer") is not None:
+                role = role.replace("*", str(layers_here[int(found["layer"])]))
+            if found.get("expert") is not None:
+                role = role.replace("#", str(first_expert + int(found["expert"])))
+            return role
+    return None
+
+
+class Decoder(GPTModel):
+    """One pipeline chunk of a decoder-only model; satisfies `loong_core.parallel.build.Chunk`."""
+
+    def __init__(self, shape: ModelShape, context: BuildContext, config: TransformerConfig, index: int) -> None:
+        fields = shape.fields
+        self._index = index
+        grouped = bool(config.moe_grouped_gemm)
+        balance = _balance(shape, context)
+        router = partial(BalancedRouter, balance=balance) if fields["experts"] else None
+        super().__init__(
+            config=config,
+            transformer_layer_spec=layers.block(context.layers, fields, context.chunks[index], router, grouped),
+            vocab_size=padded_extent(shape.vocabulary, context.plan.tp),
+            max_sequence_length=0,  # only learned positions would read it
+            pre_process=context.first[index],
+            post_process=context.last[index],
+            share_embeddings_and_output_weights=shape.tied_embeddings,
+            position_embedding_type="none",  # angles come from the batch, see `forward`
+            pg_collection=context.groups,
+            vp_stage=index if context.plan.vpp > 1 else None,
+        )
+        self.rotary_angles = RotaryAngles(fields)
+        if self.pre_process:
+            self.embedding.embedding_dropout.p = 0.0  # `model.dropout` covers attention and the residual branches only
+        self.balance = balance
+        self.layers_here = context.chunks[index]
+        self._shape = shape
+        self._first_expert = (
+            context.groups.ep.rank() * (fields["experts"] // context.plan.ep) if fields["experts"] else 0
+        )
+        self._auxiliary: dict[str, Tensor] = {}
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Hidden states [sequence, batch, hidden]; on the last chunk logits [batch, sequence, padded vocabulary / tp]."""
+        segments = batch.get("segments")
+        if self.balance is not None:
+            self.balance.start(None if segments is None else self._counted(segments))
+        hidden = self.embedding(batch["tokens"], batch["positions"]) if self.pre_process else None
+        hidden = self.decoder(
+            hidden_states=hidden,
+            attention_mask=segments,  # what `loong_core.parallel.core_attention` expects in its place
+            rotary_pos_emb=self.rotary_angles(batch["positions"]),
+        )
+        if not self.post_process:
+            return hidden
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        logits = self.output_layer(hidden, weight=weight)[0].transpose(0, 1)
+        self._auxiliary = {} if self.balance is None else {"aux_loss": self.balance.close(logits)}
+        return logits
+
+    def auxiliary_losses(self) -> dict[str, Tensor]:
+        """`aux_loss`: the load-balancing loss of the last forward, where the model's config.json asks for one."""
+        losses, self._auxiliary = self._auxiliary, {}
+        return losses
+
+    def local_parameters(self) -> Iterator[LocalParameter]:
+        """Every parameter of this chunk; see `Chunk.local_parameters`."""
+        specs = {spec.role: spec for spec in self._shape.parameters}
+        for name, parameter in self.named_parameters():
+            role = role_of(name, self.layers_here, self._first_expert)
+            if role == "head" and self._shape.tied_embeddings:
+                continue
+            assert role in specs, f"no ParameterSpec for {name} (role {role})"
+            yield LocalParameter(specs[role], parameter)
+
+    def _counted(self, segments: Tensor) -> Tensor:
+        """Which of the routers' tokens are no padding: segments [batch, sequence] -> [tokens on this rank]."""
+        valid = (segments >= 0).transpose(0, 1)
+        if self.config.sequence_parallel:
+            valid = valid.chunk(self.pg_collection.tp.size(), 0)[self.pg_collection.tp.rank()]
+        return valid.reshape(-1)
+
+
+def _balance(shape: ModelShape, context: BuildContext) -> Balance | None:
+    fields, groups = shape.fields, context.groups
+    if not (fields["experts"] and fields.get("aux_loss") and any(is_sparse(fields, i) for i in range(shape.layers))):
+        return None
+    spread = [groups.cp, groups.tp if context.plan.sp else None]
+    return Balance(fields["experts"], fields["aux_coefficient"], spread, groups.cp)
+
+
+def build(shape: ModelShape, context: BuildContext) -> list[Decoder]:
+    """This rank's pipeline chunks, in order. Parameters hold no meaningful values yet."""
+    # megatron-core 0.19 warns of every model that its successor HybridModel is preferred: news for us, not for users.
+    logging.getLogger(GPTModel.__module__).setLevel(logging.ERROR)
+    config = configure(shape, context)
+    return [Decoder(shape, context, config, index).to(context.device) for index in range(len(context.chunks))]
+
+
+def configure(shape: ModelShape, context: BuildContext) -> TransformerConfig:
+    """megatron-core's configuration of the model under the plan."""
+    fields, plan, precision = shape.fields, context.plan, context.precision
+    fused = not context.device.startswith("cpu")
+    return TransformerConfig(
+        num_layers=shape.layers,
+        hidden_size=fields["hidden"],
+        ffn_hidden_size=fields["ffn"],
+        num_attention_heads=fields["heads"],
+        num_query_groups=fields["kv_heads"],
+        kv_channels=fields["head_dim"],
+        normalization="RMSNorm",
+        layernorm_epsilon=fields["norm_epsilon"],
+        qk_layernorm=fields["qk_norm"],
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        hidden_dropout=context.dropout,
+        attention_dropout=context.dropout,
+        perform_initialization=False,  # the engine initialises by role, the same for every layout
+        calculate_per_token_loss=True,
+        deterministic_mode=context.deterministic,
+        params_dtype=getattr(torch, precision.parameters),
+        bf16=precision.activations == "bfloat16",
+        pipeline_dtype=getattr(torch, precision.activations),
+        bias_activation_fusion=fused,
+        bias_dropout_fusion=fused,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        gradient_accumulation_fusion=False,
+        **_parallelism(context),
+        **_recomputation(plan.recompute),
+        **(_expert_settings(shape, context) if fields["experts"] else {}),
+    )
+
+
+def _parallelism(context: BuildContext) -> dict[str, Any]:
+    plan = context.plan
+    settings: dict[str, Any] = {
+        "tensor_model_parallel_size": plan.tp,
+        "sequence_parallel": plan.sp,
+        "context_parallel_size": plan.cp,
+        "pipeline_model_parallel_size": plan.pp,
+        "expert_model_parallel_size": plan.ep,
+        "expert_tensor_parallel_size": plan.etp,
+    }
+    if plan.pp > 1:
+        stages = [["decoder"] * len(stage) for stage in plan.stages]
+        stages[0].insert(0, "embedding")
+        stages[-1].append("loss")
+        settings["pipeline_model_parallel_layout"] = stages
+    if plan.vpp > 1:
+        # Without these two, messages of two chunks between one pair of ranks cross; megatron-core 0.19 does not check.
+        settings.update(virtual_pipeline_model_parallel_size=plan.vpp, overlap_p2p_comm=True, batch_p2p_comm=False)
+    return settings
+
+
+def _recomputation(kind: str) -> dict[str, Any]:
+    if kind == "full":
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    return {"recompute_granularity": "selective"} if kind == "selective" else {}
+
+
+def _expert_settings(shape: ModelShape, context: BuildContext) -> dict[str, Any]:
+    fields = shape.fields
+    experts = context.layers.grouped_mlp_modules(True)
+    return {
+        "num_moe_experts": fields["experts"],
+        "moe_ffn_hidden_size": fields["expert_ffn"],
+        "moe_router_topk": fields["top_k"],
+        "moe_router_pre_softmax": not fields["norm_top_k"],
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "none",  # the families' own loss is `loong_llm.router`
+        "moe_aux_loss_coeff": 0.0,
+        "moe_layer_freq": [int(is_sparse(fields, layer)) for layer in range(shape.layers)],
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_grouped_gemm": getattr(experts, "func", experts) is not SequentialMLP,
+    }

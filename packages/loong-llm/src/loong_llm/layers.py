@@ -1,0 +1,88 @@
+"""Layer specs: which module of the backend's layer provider stands in which place of a transformer layer.
+
+Norms and linears stay separate modules with every provider, so that parameter names do not depend on the hardware.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from loong_llm.shape import is_sparse
+
+
+def has_bias(linear: Callable[..., Any], bias: bool) -> Callable[..., Any]:
+    """`linear` with its bias decided here: megatron-core's one switch for all places cannot tell them apart."""
+
+    def build(*args: Any, **kwargs: Any) -> Any:
+        return linear(*args, **{**kwargs, "bias": bias})
+
+    return build
+
+
+def block(
+    provider: Any, fields: Mapping[str, Any], layers: Sequence[int], router: Callable[..., Any] | None, grouped: bool
+) -> TransformerBlockSubmodules:
+    """The layers `layers` (global indices) of a model with settings `fields`.
+
+    `router` builds the router of layers with experts; `grouped` asks the provider for grouped expert matmuls.
+    """
+    norm = provider.layer_norm(rms_norm=True)
+    attention = _attention(provider, fields)
+    dense = _mlp(provider, fields)
+    sparse = _experts(provider, router, grouped) if router is not None else None
+    specs = [
+        ModuleSpec(
+            module=TransformerLayer,
+            submodules=TransformerLayerSubmodules(
+                input_layernorm=norm,
+                self_attention=attention,
+                self_attn_bda=get_bias_dropout_add,
+                pre_mlp_layernorm=norm,
+                mlp=sparse if is_sparse(fields, layer) else dense,
+                mlp_bda=get_bias_dropout_add,
+            ),
+        )
+        for layer in layers
+    ]
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=norm)
+
+
+def _attention(provider: Any, fields: Mapping[str, Any]) -> ModuleSpec:
+    head_norm = provider.layer_norm(rms_norm=True, for_qk=True) if fields["qk_norm"] else IdentityOp
+    return ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=has_bias(provider.column_parallel_linear(), fields["qkv_bias"]),
+            core_attention=provider.core_attention(),
+            linear_proj=has_bias(provider.row_parallel_linear(), fields["out_bias"]),
+            q_layernorm=head_norm,
+            k_layernorm=head_norm,
+        ),
+    )
+
+
+def _mlp(provider: Any, fields: Mapping[str, Any]) -> Callable[..., Any]:
+    return partial(
+        MLP.as_mlp_submodule,
+        submodules=MLPSubmodules(
+            linear_fc1=has_bias(provider.column_parallel_linear(), fields["mlp_bias"]),
+            linear_fc2=has_bias(provider.row_parallel_linear(), fields["mlp_bias"]),
+        ),
+    )
+
+
+def _experts(provider: Any, router: Callable[..., Any], grouped: bool) -> Callable[..., Any]:
+    return partial(MoELayer, submodules=MoESubmodules(experts=provider.grouped_mlp_modules(grouped), router=router))

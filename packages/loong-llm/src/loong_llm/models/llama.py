@@ -1,0 +1,49 @@
+"""LLaMA 2, 3 and 3.1: the block everybody else varies, optionally with biases on all linears of a part."""
+
+from __future__ import annotations
+
+from loong_core.types import ModelFamily
+from loong_core.weights import copy, drop, gate_up, qkv
+from loong_llm.hf_config import ROPE_RULES
+
+LLAMA = ModelFamily(
+    name="llama",
+    summary="LLaMA 2, 3, 3.1",
+    hf_architectures=("LlamaForCausalLM",),
+    describe="loong_llm.shape:describe",
+    builder="loong_llm.decoder:build",
+    presets="loong_llm.models:llama_presets",
+    arch={},
+    from_hf={
+        "layers": "num_hidden_layers",
+        "hidden": "hidden_size",
+        "ffn": "intermediate_size",
+        "heads": "num_attention_heads",
+        "kv_heads": "num_key_value_heads?",
+        "head_dim": "head_dim?",
+        "vocabulary": "vocab_size",
+        "norm_epsilon": "rms_norm_eps?",
+        "tied_embeddings": "tie_word_embeddings?",
+        "init_std": "initializer_range?",
+        "qkv_bias": "attention_bias?",
+        "out_bias": "attention_bias?",
+        "mlp_bias": "mlp_bias?",
+        **ROPE_RULES,
+    },
+    weights=(
+        copy("embed", "model.embed_tokens.weight"),
+        copy("layers.*.attn.norm", "model.layers.*.input_layernorm.weight"),
+        qkv("layers.*.attn.qkv", "model.layers.*.self_attn.{}_proj.weight"),
+        qkv("layers.*.attn.qkv_bias", "model.layers.*.self_attn.{}_proj.bias"),
+        copy("layers.*.attn.out", "model.layers.*.self_attn.o_proj.weight"),
+        copy("layers.*.attn.out_bias", "model.layers.*.self_attn.o_proj.bias"),
+        copy("layers.*.mlp.norm", "model.layers.*.post_attention_layernorm.weight"),
+        gate_up("layers.*.mlp.up", "model.layers.*.mlp.{}_proj.weight"),
+        gate_up("layers.*.mlp.up_bias", "model.layers.*.mlp.{}_proj.bias"),
+        copy("layers.*.mlp.down", "model.layers.*.mlp.down_proj.weight"),
+        copy("layers.*.mlp.down_bias", "model.layers.*.mlp.down_proj.bias"),
+        copy("final_norm", "model.norm.weight"),
+        copy("head", "lm_head.weight"),
+        drop("model.layers.*.self_attn.rotary_emb.inv_freq"),
+    ),
+)
