@@ -110,7 +110,7 @@ class Decoder(GPTModel):
         self._auxiliary: dict[str, Tensor] = {}
 
     def forward(self, batch: Batch) -> Tensor:
-        """Hidden states [sequence, batch, hidden]; on the last chunk logits [batch, sequence, padded vocabulary / tp]."""
+        """Hidden states [sequence, batch, hidden]; on the last chunk logits [batch, sequence, local vocabulary]."""
         segments = batch.get("segments")
         if self.balance is not None:
             self.balance.start(None if segments is None else self._counted(segments))

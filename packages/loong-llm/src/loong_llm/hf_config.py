@@ -127,7 +127,7 @@ def rope_problems(fields: Mapping[str, Any]) -> list[str]:
     if kind not in ROPE_NEEDS:
         return [f"config.json: rope type {kind!r} is not supported: allowed are {', '.join(ROPE_NEEDS)}."]
     return [
-        f"config.json: rope type {kind!r} needs {ROPE_RULES[name].removesuffix('?').split('|')[0]!r} to be a positive number, "
+        f"config.json: rope type {kind!r} needs a positive number at {ROPE_RULES[name].split('|')[0]!r}, "
         f"not {fields.get(name)!r}."
         for name in ("rope_base", *ROPE_NEEDS[kind])
         if not is_positive_number(fields.get(name))

@@ -1,4 +1,4 @@
-"""What a decoder-only model consists of, worked out from its `config.json` in plain Python, so that plans need no GPU."""
+"""What a decoder-only model consists of, worked out from its `config.json` in plain Python: plans need no GPU."""
 
 from __future__ import annotations
 
@@ -84,7 +84,8 @@ def _relations(fields: Mapping[str, Any]) -> list[str]:
     problems = []
     if fields["heads"] % fields["kv_heads"]:
         problems.append(
-            f"config.json: num_key_value_heads {fields['kv_heads']} does not divide num_attention_heads {fields['heads']}."
+            f"config.json: num_key_value_heads {fields['kv_heads']} does not divide "
+            f"num_attention_heads {fields['heads']}."
         )
     if fields["head_dim"] % 2:
         problems.append(f"config.json: head_dim {fields['head_dim']} is odd; rotary embeddings need pairs.")
