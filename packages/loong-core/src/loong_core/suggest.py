@@ -21,7 +21,7 @@ def edit_distance(first: str, second: str) -> int:
     return previous[-1]
 
 
-def nearest(name: str, allowed: Iterable[str], limit: int = 4) -> list[str]:
+def nearest(name: str, allowed: Iterable[str], limit: int = 6) -> list[str]:
     """The names nearest to `name`, best first; empty when nothing is near enough to be meant."""
     wanted = _plain(name)
     scored = []
