@@ -143,11 +143,15 @@ class Task:
 @dataclass(frozen=True, kw_only=True)
 class DataSource:
     """Where rows come from. `reader(path, options) -> Iterator[Row]`; `check(path, options) -> list of problems`
-    looks at the files without a tensor library and without reading all of them."""
+    looks at the files without a tensor library and without reading all of them. `path` is `data.path` as given: a path,
+    a list of them, or None. A reader may yield a `loong_core.data.rows.BadRow` for a record it cannot read.
+    `files(path, options) -> list of Path` names the files read (None: every file below `path`); the cache of tokenised
+    data is valid as long as they do not change."""
 
     name: str
     reader: Ref
     check: Ref
+    files: Ref | None = None
     options: Ref | None = None
     summary: str = ""
 
