@@ -83,8 +83,8 @@ def _own_problems(backend: Backend, probe: Probe, recipe: Recipe) -> Iterator[st
 def _launched_problems(recipe: Recipe, world: int, local: int) -> Iterator[str]:
     if local < 1 or world % local:
         yield (
-            f"WORLD_SIZE = {world} is not a multiple of LOCAL_WORLD_SIZE = {local}: loong wants equally many workers on "
-            "every machine; start it so"
+            f"WORLD_SIZE = {world} is not a multiple of LOCAL_WORLD_SIZE = {local}: loong wants equally many workers "
+            "on every machine; start it so"
         )
         return
     devices, nodes = recipe.launch.devices, recipe.launch.nodes

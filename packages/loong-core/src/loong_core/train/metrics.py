@@ -1,0 +1,256 @@
+"""What is reported of a step, and the sinks it goes to. `metrics.jsonl` is the record; the others are views of it.
+
+One JSON object per line and step (a public contract; every quantity is that of the step alone, none is cumulative):
+
+| field | meaning |
+|---|---|
+| `step` | optimizer steps done, the first is 1 |
+| `loss` | mean over the `tokens` of the step's global batch |
+| `grad_norm` | global gradient norm before clipping |
+| `lr` | learning rate of the step |
+| `tokens` | tokens of the global batch that count in the loss: weights for averaging `loss` over steps |
+| `samples` | samples that ended up in the global batch (several share a row when rows are packed) |
+| `step_seconds` | wall time of the step, waiting for data included; evaluation and saving excluded |
+| `data_seconds` | the part of it that waited for data, on rank 0 |
+| `tokens_per_second` | `tokens` / `step_seconds`, over all devices |
+| `tflops_per_device` | model FLOPs of the global batch (forward and backward, recomputation aside), 1e12 a second |
+| `mfu` | that as a share of the device's peak; null where the peak is unknown |
+| `memory_bytes` | memory in use on the fullest rank: the allocator's peak of the step, on a CPU the resident size |
+
+Further numbers a task reports (`aux_loss`, `lm_loss`) and `eval_loss`, on steps that end with an evaluation, follow
+under their own names. Floats are written so that reading gives the same float; NaN and infinity, which JSON lacks,
+are null.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
+
+from loong_core.errors import Unsupported
+
+if TYPE_CHECKING:
+    from loong_core.data.stream import Stream
+    from loong_core.train.run import Run
+
+FIELDS = (
+    "step",
+    "loss",
+    "grad_norm",
+    "lr",
+    "tokens",
+    "samples",
+    "step_seconds",
+    "data_seconds",
+    "tokens_per_second",
+    "tflops_per_device",
+    "mfu",
+    "memory_bytes",
+)
+SINKS = ("console", "jsonl", "tensorboard")
+Metrics = dict[str, Any]
+
+
+class Sink(Protocol):
+    """Takes the row of every step."""
+
+    def write(self, row: Metrics) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def row(
+    measured: Mapping[str, Any],
+    *,
+    step: int,
+    samples: int,
+    flops: float,
+    world: int,
+    peak_flops: float,
+    memory_bytes: int,
+) -> Metrics:
+    """The row of a step, fields in their order.
+
+    Args:
+        measured: `loss`, `counted` (tokens), `grad_norm`, `lr`, `step_seconds`, `data_seconds`, and extra numbers.
+        step: optimizer steps done.
+        samples: samples in the global batch.
+        flops: of the global batch.
+        world: number of devices.
+        peak_flops: of one device, 0 = unknown.
+        memory_bytes: of the fullest rank.
+    """
+    seconds = measured["step_seconds"]
+    tokens = round(measured["counted"])
+    per_device = flops / seconds / world if seconds > 0 else 0.0
+    result: Metrics = {
+        "step": step,
+        "loss": measured["loss"],
+        "grad_norm": measured["grad_norm"],
+        "lr": measured["lr"],
+        "tokens": tokens,
+        "samples": samples,
+        "step_seconds": seconds,
+        "data_seconds": measured["data_seconds"],
+        "tokens_per_second": tokens / seconds if seconds > 0 else 0.0,
+        "tflops_per_device": per_device / 1e12,
+        "mfu": per_device / peak_flops if peak_flops else None,
+        "memory_bytes": memory_bytes,
+    }
+    result.update({name: value for name, value in measured.items() if name not in result and name != "counted"})
+    return result
+
+
+def encode(metrics: Mapping[str, Any]) -> str:
+    """One line of `metrics.jsonl`, without its end."""
+    return json.dumps({name: _finite(value) for name, value in metrics.items()}, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read(path: Path) -> list[Metrics]:
+    """The complete rows of a `metrics.jsonl`; what a kill left of a last line is passed over. Absent file: no rows."""
+    if not path.exists():
+        return []
+    rows = []
+    with path.open("rb") as lines:
+        for line in lines:
+            try:
+                found = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(found, dict) and isinstance(found.get("step"), int) and line.endswith(b"\n"):
+                rows.append(found)
+    return rows
+
+
+class JsonLines:
+    """Appends rows; each is handed to the operating system whole, so a killed run keeps every finished step."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+
+    def write(self, row: Metrics) -> None:
+        """Append one row."""
+        self._file.write(encode(row) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file, once its content is on disk."""
+        if not self._file.closed:
+            os.fsync(self._file.fileno())
+            self._file.close()
+
+
+def open_metrics(path: Path, step: int) -> JsonLines:
+    """Open `path` to continue after `step`: rows of later steps, which a resumed run does again, are dropped.
+
+    The remaining rows replace the file in one rename, byte for byte as they were; a kill leaves the old or the new.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kept: list[bytes] = []
+    old = path.read_bytes() if path.exists() else b""
+    for line in old.splitlines(keepends=True):
+        try:
+            found = json.loads(line)
+        except ValueError:
+            continue
+        if line.endswith(b"\n") and isinstance(found, dict) and found.get("step", step + 1) <= step:
+            kept.append(line)
+    if b"".join(kept) != old:
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        with temporary.open("wb") as file:
+            file.writelines(kept)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    return JsonLines(path.open("a", encoding="utf-8"))
+
+
+class TensorBoard:
+    """Every number of a row as a scalar of the step; a resumed run hides the steps it does again."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+
+    def write(self, row: Metrics) -> None:
+        """Write one step."""
+        for name, value in row.items():
+            if name != "step" and isinstance(value, int | float):
+                self._writer.add_scalar(name, value, row["step"])
+
+    def close(self) -> None:
+        """Flush and close the event file."""
+        self._writer.close()
+
+
+def sink_problems(names: Sequence[str]) -> list[str]:
+    """What is wrong with `log.to`: names that do not exist, and sinks whose library is not installed."""
+    problems = []
+    for name in names:
+        if name not in SINKS:
+            from difflib import get_close_matches
+
+            near = get_close_matches(name, SINKS, 1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            problems.append(f"log.to: no sink named {name!r}; {hint}allowed here {', '.join(SINKS)}")
+        elif name == "tensorboard" and find_spec("tensorboard") is None:
+            problems.append(
+                "log.to: tensorboard is not installed; install the package `tensorboard`, or remove it from log.to"
+            )
+    return problems
+
+
+class Reporter:
+    """Measures memory on every rank and writes the rows of rank 0 to the sinks of `log.to`."""
+
+    def __init__(self, run: Run) -> None:
+        self._sinks: list[Sink] = []
+        if problems := sink_problems(run.recipe.log.to):
+            raise Unsupported(*problems)
+        if run.is_main:
+            self._sinks = [self._open(name, run) for name in dict.fromkeys(run.recipe.log.to)]
+
+    @staticmethod
+    def _open(name: str, run: Run) -> Sink:
+        if name == "jsonl":
+            return open_metrics(run.folder / "metrics.jsonl", run.step)
+        if name == "tensorboard":
+            return TensorBoard(run.folder / "tensorboard", run.step)
+        from loong_core.train.watch import Watch
+
+        return Watch(run.recipe.run.name, run.step, run.recipe.run.steps, run.recipe.log.every)
+
+    def step(self, run: Run, metrics: Mapping[str, Any], data: Stream) -> None:
+        """Report the step that `run.step` now counts. Collective: every rank calls it."""
+        from loong_core.train.memory_use import fullest_rank
+
+        memory = fullest_rank(run.device)
+        if not self._sinks:
+            return
+        done = row(
+            metrics,
+            step=run.step,
+            samples=data.samples(run.step - 1),
+            flops=run.plan.flops_per_step,
+            world=run.world,
+            peak_flops=run.cluster.peak_flops,
+            memory_bytes=memory,
+        )
+        for sink in self._sinks:
+            sink.write(done)
+
+    def close(self) -> None:
+        """Close every sink; safe to call again."""
+        sinks, self._sinks = self._sinks, []
+        for sink in sinks:
+            sink.close()
