@@ -152,7 +152,7 @@ class Decoder(GPTModel):
 
 def _balance(shape: ModelShape, context: BuildContext) -> Balance | None:
     fields, groups = shape.fields, context.groups
-    if not (fields["experts"] and fields.get("aux_loss") and any(is_sparse(fields, i) for i in range(shape.layers))):
+    if not (fields["experts"] and fields["aux_loss"] and any(is_sparse(fields, i) for i in range(shape.layers))):
         return None
     spread = [groups.cp, groups.tp if context.plan.sp else None]
     return Balance(fields["experts"], fields["aux_coefficient"], spread, groups.cp)

@@ -103,6 +103,8 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal("clip_qkv", _zero, "clipping of queries, keys and values is not built"),
     Refusal("quantization_config", _zero, "quantised weights cannot be trained; use the unquantised checkpoint"),
+    Refusal("rope_parameters", lambda value: isinstance(value, Mapping), "it must be an object"),
+    Refusal("rope_scaling", lambda value: isinstance(value, Mapping), "it must be an object"),
     Refusal("rope_parameters.partial_rotary_factor", lambda value: value == 1, "allowed: 1.0"),
     Refusal("partial_rotary_factor", lambda value: value == 1, "allowed: 1.0"),
     Refusal("logit_softcapping", _zero, "not built"),
@@ -124,12 +126,12 @@ def refusals(config: Mapping[str, Any], rows: Sequence[Refusal] = REFUSALS) -> l
 def rope_problems(fields: Mapping[str, Any]) -> list[str]:
     """What is wrong with the rotary settings among `fields`."""
     kind = fields["rope_type"]
-    if kind not in ROPE_NEEDS:
+    if not isinstance(kind, str) or kind not in ROPE_NEEDS:
         return [f"config.json: rope type {kind!r} is not supported: allowed are {', '.join(ROPE_NEEDS)}."]
     return [
         f"config.json: rope type {kind!r} needs a positive number at {ROPE_RULES[name].split('|')[0]!r}, "
         f"not {fields.get(name)!r}."
-        for name in ("rope_base", *ROPE_NEEDS[kind])
+        for name in ROPE_NEEDS[kind]
         if not is_positive_number(fields.get(name))
     ]
 
@@ -139,13 +141,47 @@ def is_positive_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
 
 
-def number_problems(fields: Mapping[str, Any], rules: Mapping[str, str], names: Sequence[str]) -> list[str]:
-    """What is wrong with fields that must be positive integers."""
-    return [
-        f"config.json: `{rules[name].removesuffix('?')}` must be a positive integer, not {fields[name]!r}."
-        for name in names
-        if not (isinstance(fields[name], int) and is_positive_number(fields[name]))
-    ]
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and is_positive_number(value)
+
+
+def _is_share(value: Any) -> bool:
+    return is_positive_number(value) or (value == 0 and not isinstance(value, bool))
+
+
+def _is_list_of_layers(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(value == 0 or _is_count(value) for value in value)
+
+
+KINDS: dict[str, tuple[Callable[[Any], bool], frozenset[str]]] = {
+    "a positive integer": (
+        _is_count,
+        frozenset(
+            {"layers", "hidden", "ffn", "heads", "kv_heads", "head_dim", "vocabulary"}
+            | {"top_k", "expert_ffn", "sparse_step"}
+        ),
+    ),
+    "a whole number": (lambda value: value == 0 or _is_count(value), frozenset({"experts"})),
+    "a positive number": (is_positive_number, frozenset({"norm_epsilon", "rope_base"})),
+    "a number that is not negative": (_is_share, frozenset({"init_std", "aux_coefficient"})),
+    "true or false": (
+        lambda value: isinstance(value, bool),
+        frozenset(["tied_embeddings", "qk_norm", "qkv_bias", "out_bias", "mlp_bias", "norm_top_k", "aux_loss"]),
+    ),
+    "a list of layer numbers": (_is_list_of_layers, frozenset({"dense_layers"})),
+}
+"""What a field must be, in words, with the check and the fields it holds for."""
+
+
+def kind_problems(fields: Mapping[str, Any], rules: Mapping[str, str]) -> list[str]:
+    """What is wrong with the type or the range of fields that are set."""
+    problems = []
+    for words, (holds, names) in KINDS.items():
+        for name in sorted(names & fields.keys()):
+            if fields[name] is not None and not holds(fields[name]):
+                key = rules.get(name, name).removesuffix("?").split("|")[0]
+                problems.append(f"config.json: `{key}` must be {words}, not {fields[name]!r}.")
+    return problems
 
 
 def refuse(problems: Sequence[str]) -> None:

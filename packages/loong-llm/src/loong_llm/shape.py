@@ -6,10 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from loong_core.types import Divisor, ModelFamily, ModelShape, ParameterSpec
-from loong_llm.hf_config import number_problems, read, refusals, refuse, rope_problems
-
-_SIZES = ("layers", "hidden", "ffn", "heads", "kv_heads", "head_dim", "vocabulary")
-_EXPERT_SIZES = ("experts", "top_k", "expert_ffn", "sparse_step")
+from loong_llm.hf_config import kind_problems, read, refusals, refuse, rope_problems
 
 DEFAULTS: dict[str, Any] = {
     "rope_base": 10000.0,
@@ -22,8 +19,16 @@ DEFAULTS: dict[str, Any] = {
     "out_bias": False,
     "mlp_bias": False,
     "experts": 0,
+    "aux_loss": False,
 }
 """Fields a family may leave out. Same defaults as the public implementations."""
+
+
+_WHOLE = (
+    "model whose load-balancing loss spans all layers (config.json: output_router_logits is true; set it to false in "
+    "model.config to train in pipeline stages without that loss)"
+)
+"""Why a model is one pipeline stage; see `loong_llm.router`."""
 
 
 def describe(family: ModelFamily, config: Mapping[str, Any]) -> ModelShape:
@@ -64,19 +69,21 @@ def resolve(family: ModelFamily, config: Mapping[str, Any]) -> dict[str, Any]:
     fields = read(config, family.from_hf, {**DEFAULTS, **family.arch})
     if fields.get("kv_heads") is None:
         fields["kv_heads"] = fields["heads"]
-    sizes_problems = number_problems(fields, family.from_hf, [name for name in _SIZES if name != "head_dim"])
-    if not sizes_problems and fields.get("head_dim") is None:
-        if fields["hidden"] % fields["heads"]:
-            sizes_problems.append(
-                f"config.json: hidden_size {fields['hidden']} is not a multiple of num_attention_heads "
-                f"{fields['heads']}, and there is no head_dim."
-            )
+    refuse([*refusals(config), *kind_problems(fields, family.from_hf), *rope_problems(fields)])
+    if fields.get("head_dim") is None:
         fields["head_dim"] = fields["hidden"] // fields["heads"]
-    if fields["experts"]:
-        sizes_problems += number_problems(fields, family.from_hf, _EXPERT_SIZES)
-    refuse([*refusals(config), *sizes_problems, *rope_problems(fields)])
+        refuse(_indivisible_heads(fields))
     refuse(_relations(fields))
     return fields
+
+
+def _indivisible_heads(fields: Mapping[str, Any]) -> list[str]:
+    if fields["hidden"] % fields["heads"] == 0:
+        return []
+    return [
+        f"config.json: hidden_size {fields['hidden']} is not a multiple of num_attention_heads {fields['heads']}, "
+        "and there is no head_dim."
+    ]
 
 
 def _relations(fields: Mapping[str, Any]) -> list[str]:
@@ -157,6 +164,8 @@ def _divisors(fields: Mapping[str, Any], kinds: list[bool]) -> tuple[Divisor, ..
     if any(kinds):
         rows.append(Divisor("ep", fields["experts"], "experts"))
         rows.append(Divisor("etp", fields["expert_ffn"], "rows of an expert"))
+        if fields["aux_loss"]:
+            rows.append(Divisor("pp", 1, _WHOLE))
     return tuple(rows)
 
 
