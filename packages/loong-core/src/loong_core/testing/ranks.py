@@ -22,6 +22,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +83,8 @@ def prepare(megatron: bool = True) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # theirs, at import
         cpu_device.activate()
-        for name in ("megatron.core", "megatron.core.distributed", "megatron.core.models.gpt", "megatron.core.optimizer"):
-            importlib.import_module(name)
+        for name in ("distributed", "models.gpt", "optimizer"):
+            importlib.import_module(f"megatron.core.{name}")
     if not was_active:
         cpu_device.deactivate()
 
@@ -152,7 +153,7 @@ def _lead(
     ranks: dict[int, int] = {}
     for rank in range(world):
         variables = {"RANK": str(rank), "LOCAL_RANK": str(rank), **shared}
-        pid = _fork(lambda rank=rank, variables=variables: _rank(rank, variables, function, args, folder, timeout, init))
+        pid = _fork(partial(_rank, rank, variables, function, args, folder, timeout, init))
         ranks[pid] = rank
     deadline = time.monotonic() + timeout
     while ranks and time.monotonic() < deadline:

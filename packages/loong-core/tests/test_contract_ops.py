@@ -1,0 +1,23 @@
+"""The op contract, applied to the references themselves: they are held to the definitions in float64."""
+
+from __future__ import annotations
+
+from loong_core.testing import OpContract
+
+
+class TestRmsNorm(OpContract):
+    op = "rms_norm"
+    implementation = "torch"
+    dtypes = ("float32", "bfloat16", "float16", "float64")
+
+
+class TestAttention(OpContract):
+    op = "attention"
+    implementation = "torch"
+    dtypes = ("float32", "bfloat16", "float16", "float64")
+
+
+class TestCrossEntropy(OpContract):
+    op = "cross_entropy"
+    implementation = "torch"
+    dtypes = ("float32", "bfloat16", "float16", "float64")
