@@ -1,0 +1,108 @@
+"""What an export takes over from where a run started: config.json, tokenizer, and the names and dtypes of tensors."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loong_ckpt.hf_folder import CONFIG, open_folder, read_json
+
+if TYPE_CHECKING:
+    from loong_core.train.run import Run
+
+COMPANIONS = "hf"
+"""Folder inside a native checkpoint that holds config.json, tokenizer and `LAYOUT`: enough to export it anywhere."""
+LAYOUT = "layout.json"
+GENERATION = "generation_config.json"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+NATIVE_MARK = "state.json"
+
+
+@dataclass(frozen=True)
+class Source:
+    """`folder` holds config.json and tokenizer; `layout` maps the tensor names of the checkpoint to their dtypes,
+    in the names of the safetensors format, and is None where the run began with random weights."""
+
+    folder: Path
+    layout: dict[str, str] | None
+
+
+def source_of(run: Run) -> Source | None:
+    """Where the run's first weights came from; None for random weights."""
+    weights = run.recipe.model.weights
+    if weights is None:
+        return None
+    if (weights / NATIVE_MARK).is_file():
+        folder = weights / COMPANIONS
+        layout = folder / LAYOUT
+        return Source(folder, read_json(layout) if layout.is_file() else None)
+    return Source(weights, {name: entry.dtype for name, entry in open_folder(weights).tensors.items()})
+
+
+def companions(run: Run, source: Source | None) -> dict[str, bytes]:
+    """The files of an exported folder that are not weights, by name."""
+    files = {}
+    tokenizer = _tokenizer_folder(run)
+    if source is not None and (source.folder / GENERATION).is_file():
+        files[GENERATION] = (source.folder / GENERATION).read_bytes()
+    place = tokenizer if tokenizer is not None else source.folder if source is not None else None
+    if place is not None:
+        files |= {name: (place / name).read_bytes() for name in TOKENIZER_FILES if (place / name).is_file()}
+    files[CONFIG] = _config(run, source, tokenizer)
+    return files
+
+
+def _tokenizer_folder(run: Run) -> Path | None:
+    """The tokenizer the run itself names or trained; None: the one of its first weights."""
+    named = run.recipe.data.tokenizer
+    if isinstance(named, Path):
+        return named
+    trained = run.folder / "tokenizer"
+    return trained if named is not None and trained.is_dir() else None
+
+
+def _config(run: Run, source: Source | None, tokenizer: Path | None) -> bytes:
+    """config.json: byte for byte the source's, unless the recipe overrides keys; otherwise made from `run.config`."""
+    if source is not None and not run.recipe.model.config:
+        return (source.folder / CONFIG).read_bytes()
+    config: dict[str, Any] = dict(run.config)
+    if source is None:
+        config.pop("torch_dtype", None)
+        config["dtype"] = run.precision.parameters
+        config.setdefault("model_type", run.family.name)
+        config.setdefault("architectures", list(run.family.hf_architectures[:1]))
+        for key, value in special_tokens(tokenizer).items():
+            config.setdefault(key, value)
+    return (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
+
+
+def special_tokens(tokenizer: Path | None) -> dict[str, int]:
+    """`bos_token_id`, `eos_token_id`, `pad_token_id` of a tokenizer folder, as far as it defines them."""
+    if tokenizer is None or not (tokenizer / "tokenizer_config.json").is_file():
+        return {}
+    settings = read_json(tokenizer / "tokenizer_config.json")
+    table = read_json(tokenizer / "tokenizer.json") if (tokenizer / "tokenizer.json").is_file() else {}
+    numbers = {row["content"]: row["id"] for row in table.get("added_tokens", [])}
+    found = {}
+    for kind in ("bos", "eos", "pad"):
+        token = settings.get(f"{kind}_token")
+        text = token.get("content") if isinstance(token, dict) else token
+        if text in numbers:
+            found[f"{kind}_token_id"] = numbers[text]
+    return found
