@@ -1,0 +1,65 @@
+"""Layers by Transformer Engine, norm and linear unfused, so that parameters are named as with plain torch."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+
+from loong_core.errors import Unsupported
+from loong_core.parallel.core_attention import core_attention
+
+if TYPE_CHECKING:
+    from loong_core.ops import Ops
+
+
+class TELayerProvider:
+    """megatron-core's `BackendSpecProvider` over Transformer Engine; attention is that of the run's ops."""
+
+    def __init__(self, ops: Ops) -> None:
+        """Raises `Unsupported` where Transformer Engine is not installed."""
+        if importlib.util.find_spec("transformer_engine") is None:
+            raise Unsupported(
+                "backend cuda: its layers need Transformer Engine, which is not installed here. "
+                'Install it with the nvidia extra: pip install "loong-train[nvidia]".'
+            )
+        self._upstream = TESpecProvider()
+        self._attention = core_attention(ops)
+
+    def linear(self) -> type:
+        """The layer that is not cut by tensor parallelism."""
+        return self._upstream.linear()
+
+    def column_parallel_linear(self) -> type:
+        """The layer whose outputs are cut."""
+        return self._upstream.column_parallel_linear()
+
+    def row_parallel_linear(self) -> type:
+        """The layer whose inputs are cut."""
+        return self._upstream.row_parallel_linear()
+
+    def fuse_layernorm_and_linear(self) -> bool:
+        """Norm and linear are two modules with every provider, so that parameter names are the same."""
+        return False
+
+    def column_parallel_layer_norm_linear(self) -> type | None:
+        """There is none."""
+        return None
+
+    def layer_norm(self, rms_norm: bool = False, for_qk: bool = False, has_residual: bool = False) -> Any:
+        """Transformer Engine's norm; the config says which."""
+        return self._upstream.layer_norm(rms_norm, for_qk, has_residual)
+
+    def core_attention(self) -> type:
+        """The attention of this run's ops."""
+        return self._attention
+
+    def activation_func(self) -> Any:
+        """Transformer Engine's activation, which megatron-core uses only where the config asks for it."""
+        return self._upstream.activation_func()
+
+    def grouped_mlp_modules(self, moe_use_grouped_gemm: bool) -> Callable[..., Any]:
+        """All experts of a rank in one grouped matmul."""
+        return self._upstream.grouped_mlp_modules(moe_use_grouped_gemm)

@@ -1,0 +1,22 @@
+"""Precision policies as data; what each number format means for a module is the engine's business."""
+
+from __future__ import annotations
+
+from loong_core.types import PrecisionPolicy
+
+POLICIES: tuple[PrecisionPolicy, ...] = (
+    PrecisionPolicy(
+        name="fp32",
+        parameters="float32",
+        activations="float32",
+        summary="32-bit floats throughout: the reference, and the right choice on a CPU.",
+    ),
+    PrecisionPolicy(
+        name="bf16",
+        parameters="bfloat16",
+        activations="bfloat16",
+        needs=frozenset({"bf16"}),
+        summary="bfloat16 parameters and activations; gradients, master weights and AdamW's moments in 32 bits.",
+    ),
+)
+"""What the core provides. fp32 matmuls stay fp32: TF32 is off unless a policy says otherwise."""
