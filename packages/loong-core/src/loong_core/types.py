@@ -291,14 +291,21 @@ class ParallelPlanner:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointFormat:
-    """`load(path, run, engine)` and `save(path, run, engine)` are collective: every rank calls them.
-    `check(path, ...) -> list of problems` runs in the parent. `claims(path) -> bool` recognises a folder."""
+    """`load(path, run, engine)` and `save(path, run, engine)` are collective: every rank calls them. Loading before the
+    engine has an optimizer brings in weights alone. `check(path) -> list of problems` runs in the parent.
+    `claims(path) -> bool` recognises a folder.
+
+    A format that can resume runs has a `store(run)`, which keeps the checkpoints of `run.folder / "checkpoints"`:
+    `newest() -> Path | None` (complete and undamaged), `save(engine, state)`, `load(path, engine) -> state` and
+    `close()` (everything durable; raises what went wrong in the background). `state` is a JSON object with `step`.
+    """
 
     name: str
     claims: Ref
     check: Ref
     load: Ref
     save: Ref | None = None
+    store: Ref | None = None
     summary: str = ""
 
 
