@@ -15,6 +15,7 @@ from loong_core.data.rows import CHAT_KINDS, KINDS, RowError, Sample, kind_of, u
 from loong_core.errors import DataError
 from loong_core.types import Row
 from loong_llm import tokenizer as tokenizers
+from loong_llm.conversation import Conversation, read
 from loong_llm.tasks import ChatOptions, MidtrainOptions, TextOptions
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ class TextEncoder:
         self.seq_len = recipe.data.seq_len
         self.vocabulary = vocabulary_of(recipe)
         self.tokenizer_folder = tokenizers.folder_of(recipe)
+        self.assistant_only = isinstance(options, ChatOptions)
         self.counters: Counter[str] = Counter()
         self.long_rows: str = options.long_rows
         if self.long_rows == "auto":
@@ -93,9 +95,9 @@ class TextEncoder:
         texts = [at for at, item in enumerate(results) if isinstance(item, str)]
         for at, labelled in zip(texts, self._tokenize([results[at] for at in texts]), strict=True):
             results[at] = labelled
-        talks = [at for at, item in enumerate(results) if isinstance(item, _Talk)]
+        talks = [at for at, item in enumerate(results) if isinstance(item, Conversation)]
         if talks:
-            for at, labelled in zip(talks, self._render([rows[at] for at in talks]), strict=True):
+            for at, labelled in zip(talks, self._render([results[at] for at in talks]), strict=True):
                 results[at] = labelled
         return [_try(self._in_vocabulary, item) for item in results]
 
@@ -132,12 +134,12 @@ class TextEncoder:
         return kind
 
     def _plain(self, row: Row) -> Any:
-        """Token ids labelled; a text as it is; a marker for a conversation."""
+        """Token ids labelled; a text or a conversation as it is, to be tokenised together with others."""
         kind = self._kind(row)
         if kind == "input_ids":
             return _labelled(row.fields)
         if kind in CHAT_KINDS:
-            return _Talk()
+            return read(kind, row.fields)
         text = row.fields["text"]
         if not isinstance(text, str):
             raise RowError(f"`text` is of type {type(text).__name__}, not a string")
@@ -158,11 +160,14 @@ class TextEncoder:
             results.append(Labelled(array, array))
         return results
 
-    def _render(self, rows: list[Row]) -> list[Labelled | RowError]:
-        results = self.chat.encode(rows)
-        if isinstance(self.options, ChatOptions):
-            return list(results)
-        return [item if isinstance(item, RowError) else Labelled(item.tokens, item.tokens) for item in results]
+    def _render(self, talks: list[Any]) -> list[Labelled | RowError]:
+        results: list[Labelled | RowError] = []
+        for item in self.chat.encode(talks):
+            if not isinstance(item, RowError):
+                tokens, mask = item
+                item = Labelled(tokens, np.where(mask, tokens, IGNORED) if self.assistant_only else tokens)
+            results.append(item)
+        return results
 
     def _in_vocabulary(self, item: Labelled) -> Labelled:
         for name, values in (("token id", item.tokens), ("label", item.labels[item.labels != IGNORED])):
@@ -199,10 +204,6 @@ class TextEncoder:
             for sample in samples
             if (sample["targets"] != IGNORED).any()
         ]
-
-
-class _Talk:
-    """Stands for a row that is a conversation until all of a batch are rendered together."""
 
 
 def _try(function: Any, item: Any) -> Any:
