@@ -60,7 +60,7 @@ def check_tag(tag: str, root: Path = ROOT) -> str:
 
 
 def bump(package: str, part: str, root: Path = ROOT) -> str:
-    """Raise `part` (major, minor, patch; current: none) of the version, write the changelog section; the new version."""
+    """Raise `part` of the version (`current`: none) and write the changelog section; returns the version."""
     if part not in ("major", "minor", "patch", "current"):
         raise SystemExit(f"'{part}' is no part of a version; allowed: major, minor, patch, and current for the first")
     where = folder(package, root)
