@@ -169,6 +169,7 @@ def _lead(
     for pid, rank in ranks.items():
         (folder / f"{rank}.hung").touch()
         os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
     return 0
 
 
