@@ -259,6 +259,11 @@ def _override(word: str) -> Document:
     name, equals, text = word.partition("=")
     shown = f"override {word!r}"
     key = tuple(name.strip().split("."))
+    if word.startswith("-"):
+        raise RecipeError(
+            f"{shown}: there is no such option. A recipe key is overridden without dashes: optim.lr=1e-4; "
+            "--help lists the options."
+        )
     if not equals or not all(key):
         raise RecipeError(
             f"{shown}: this is not an override. Write key=value without spaces around `=`: optim.lr=1e-4."

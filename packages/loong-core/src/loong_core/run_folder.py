@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 RECIPE, PLAN, MANIFEST = "recipe.yaml", "plan.json", "manifest.json"
 _IDENTITY = ("model", "task", "data", "precision", "run.seed")
 _MAY_CHANGE = ("data.micro_batch", "data.eval", "data.cache")
-_LIBRARIES = ("torch", "megatron-core", "transformer-engine", "transformers", "tokenizers", "safetensors", "numpy")
+LIBRARIES = ("torch", "megatron-core", "transformer-engine", "transformers", "tokenizers", "safetensors", "numpy")
 
 
 def folder_of(recipe: Recipe) -> Path:
@@ -162,7 +162,7 @@ def manifest(prepared: Prepared, registry: Registry) -> dict[str, Any]:
         "packages": {name: text for name, text in sorted(dists.items())},
         "plugins": [{"name": info.name, "dist": info.dist, "version": info.version} for info in plugins.working],
         "broken_plugins": {name: info.reason() for name, info in plugins.infos.items() if info.error is not None},
-        "libraries": {name: text for name in _LIBRARIES if (text := _version(name))},
+        "libraries": {name: text for name in LIBRARIES if (text := library_version(name))},
         "python": platform.python_version(),
         "hardware": {
             "platform": platform.platform(),
@@ -191,7 +191,8 @@ def _git(folder: Path, *words: str) -> str:
     return result.stdout.strip()
 
 
-def _version(name: str) -> str:
+def library_version(name: str) -> str:
+    """Version of an installed distribution; empty when it is absent."""
     try:
         return version(name)
     except PackageNotFoundError:

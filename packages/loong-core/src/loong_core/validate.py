@@ -253,7 +253,7 @@ def _check_source(recipe: Recipe, registry: Registry, findings: Findings, purpos
     owner = f"the data source {source.name!r}"
     options, wrong = check_options(findings.loaded.document, ("data", "options"), source.options, owner)
     findings.messages.extend(str(problem) for problem in wrong)
-    if wrong or purpose != "train":
+    if purpose != "train":
         return
     paths = {"data.path": recipe.data.path}
     if recipe.data.eval is not None and recipe.data.eval.path is not None:

@@ -147,7 +147,7 @@ def _config(
 
 
 def _how_to_name(family: ModelFamily | None, registry: Registry) -> str:
-    sizes = sorted(_presets(family)) if family is not None else []
+    sizes = sorted(presets_of(family)) if family is not None else []
     listed = (
         f" (of {family.name}: {', '.join(sizes)})" if family is not None and sizes else " (`loong models` lists them)"
     )
@@ -179,7 +179,7 @@ def _config_named(given: str, family: ModelFamily | None, registry: Registry) ->
     if path.is_file():
         return read_config(path)
     families = [family] if family is not None else list(registry.table("model_families").values())
-    known = {(one.name, size): config for one in families for size, config in _presets(one).items()}
+    known = {(one.name, size): config for one in families for size, config in presets_of(one).items()}
     matches = [key for key in known if given in (key[1], f"{key[0]}:{key[1]}")]
     if len(matches) == 1:
         config = dict(known[matches[0]])
@@ -197,7 +197,8 @@ def _config_named(given: str, family: ModelFamily | None, registry: Registry) ->
     )
 
 
-def _presets(family: ModelFamily | None) -> Mapping[str, Mapping[str, Any]]:
+def presets_of(family: ModelFamily | None) -> Mapping[str, Mapping[str, Any]]:
+    """Preset name -> config.json of a family."""
     if family is None or family.presets is None:
         return {}
     found = resolve(family.presets, f"family {family.name}")
