@@ -8,6 +8,7 @@ import sys
 import tracemalloc
 
 import pytest
+
 from loong_core.errors import RecipeError, Unsupported
 from loong_core.registry import resolve
 from loong_core.weights import WeightMap
