@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
 from loong_core.precision import POLICIES
 from loong_core.recipe import Recipe
 from loong_core.train.engine import LocalParameter

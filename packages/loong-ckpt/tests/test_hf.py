@@ -17,11 +17,12 @@ from ckpt_helpers import (
     read_all,
     save_tiny,
 )
+from safetensors.torch import save_file
+
 from loong_ckpt import hf
 from loong_core.errors import CheckpointError
 from loong_core.testing.ranks import run_ranks
 from loong_core.weights import VERBS, shard
-from safetensors.torch import save_file
 
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("llama", {}),

@@ -1,4 +1,4 @@
-"""Checkpoint formats: Hugging Face folders in and out, and loong's own sharded ones. `plugin.py` is what loong loads."""
+"""Checkpoint formats: Hugging Face folders in and out, and sharded ones. `plugin.py` is what loong loads."""
 
 from loong_ckpt.__about__ import __version__
 

@@ -15,20 +15,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loong_ckpt.hf_folder import INDEX, SINGLE
+from loong_ckpt.mapping import candidates, hf_shapes
 from loong_core.safetensors_header import BITS
 from loong_core.types import ModelShape, ParameterSpec, Weight
 from loong_core.weights import VERBS, WeightMap
-
-from loong_ckpt.hf_folder import INDEX, SINGLE
-from loong_ckpt.mapping import candidates, hf_shapes
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from loong_core.train.run import Run
-
     from loong_ckpt.source import Source
+    from loong_core.train.run import Run
 
 SHARD_BYTES = 5_000_000_000
 """Default size limit of a file; that of transformers before version 5."""
@@ -118,7 +116,7 @@ def _copies(
 def _arrange(
     shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, str], shard_bytes: int
 ) -> tuple[dict[str, Slot], dict[str, bytes], dict[str, int]]:
-    """Fill files in the model's order up to `shard_bytes`; inside a file, wide dtypes first, which keeps all aligned."""
+    """Fill files in the model's order up to `shard_bytes`; inside a file wide dtypes come first, so all are aligned."""
     groups: list[list[str]] = [[]]
     filled = 0
     for name in shapes:

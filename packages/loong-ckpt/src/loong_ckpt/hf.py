@@ -9,14 +9,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loong_core.errors import CheckpointError
-
 from loong_ckpt import files, ranks
 from loong_ckpt.export import SHARD_BYTES, ExportPlan, TensorWriter, plan_export
 from loong_ckpt.hf_folder import CONFIG, SINGLE, HFFolder, check, claims, listed, open_folder
 from loong_ckpt.mapping import Assignment, assign
 from loong_ckpt.read import Reader
 from loong_ckpt.source import companions, source_of
+from loong_core.errors import CheckpointError
 
 if TYPE_CHECKING:
     from loong_core.train.engine import Engine

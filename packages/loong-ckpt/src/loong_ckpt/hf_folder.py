@@ -1,4 +1,4 @@
-"""A Hugging Face folder looked at from outside: its files, its index, its headers; no tensor is read, no torch needed."""
+"""A Hugging Face folder seen from outside: files, index, headers. No tensor is read, no torch is needed."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from loong_core.safetensors_header import TensorEntry, read_header
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+STATE = "state.json"
+"""File that only native checkpoints have; they keep a config.json too, for exports."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 SHOWN = 8
 """Names that a message lists before it only counts."""
@@ -30,7 +32,7 @@ class HFFolder:
 
 def claims(path: Path) -> bool:
     """Whether `path` looks like a Hugging Face model folder (a config.json, whatever its weights)."""
-    return (path / CONFIG).is_file()
+    return (path / CONFIG).is_file() and not (path / STATE).is_file()
 
 
 def check(path: Path) -> list[str]:

@@ -10,11 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from loong_ckpt.hf_folder import listed
 from loong_core.errors import CheckpointError
 from loong_core.types import ModelShape, ParameterSpec, Weight
 from loong_core.weights import VERBS, WeightMap
-
-from loong_ckpt.hf_folder import listed
 
 if TYPE_CHECKING:
     from loong_core.safetensors_header import TensorEntry

@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loong_ckpt.hf_folder import HFFolder
 from loong_core.errors import CheckpointError
 from loong_core.types import ParameterSpec, Weight
 from loong_core.weights import VERBS, padded_extent, shard
-
-from loong_ckpt.hf_folder import HFFolder
 
 if TYPE_CHECKING:
     import torch

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loong_ckpt.hf_folder import CONFIG, open_folder, read_json
+from loong_ckpt.hf_folder import CONFIG, STATE, open_folder, read_json
 
 if TYPE_CHECKING:
     from loong_core.train.run import Run
 
-COMPANIONS = "hf"
-"""Folder inside a native checkpoint that holds config.json, tokenizer and `LAYOUT`: enough to export it anywhere."""
 LAYOUT = "layout.json"
+"""File of a native checkpoint: names and dtypes of the tensors an export shall have. Together with config.json and the
+tokenizer, which lie next to it, it makes the checkpoint exportable anywhere."""
 GENERATION = "generation_config.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -31,7 +31,6 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-NATIVE_MARK = "state.json"
 
 
 @dataclass(frozen=True)
@@ -48,10 +47,9 @@ def source_of(run: Run) -> Source | None:
     weights = run.recipe.model.weights
     if weights is None:
         return None
-    if (weights / NATIVE_MARK).is_file():
-        folder = weights / COMPANIONS
-        layout = folder / LAYOUT
-        return Source(folder, read_json(layout) if layout.is_file() else None)
+    if (weights / STATE).is_file():
+        layout = weights / LAYOUT
+        return Source(weights, read_json(layout) if layout.is_file() else None)
     return Source(weights, {name: entry.dtype for name, entry in open_folder(weights).tensors.items()})
 
 
