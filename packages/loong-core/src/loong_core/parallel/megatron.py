@@ -234,8 +234,11 @@ class MegatronEngine:
 
     def step(self, lr: float) -> float:
         """One AdamW update at learning rate `lr`; returns the global gradient norm before clipping."""
+        decay = self._run.recipe.optim.weight_decay
         for group in self._optimizer.param_groups:
             group["lr"] = lr
+            # megatron marks biases and norms with wd_mult 0 and leaves it to its scheduler, unused here, to apply that.
+            group["weight_decay"] = decay * group.get("wd_mult", 1.0)
         _, norm, _ = self._optimizer.step()
         return float(norm)
 
