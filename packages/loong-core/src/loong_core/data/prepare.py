@@ -59,7 +59,7 @@ def prepare(recipe: Recipe, folder: Path, *, rank: int = 0, registry: Registry |
     tokenizer = _tokenizer(recipe, folder, rank, registry)
     if tokenizer is not None:
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"tokenizer": tokenizer})})
-    encoder = cast("Encoder", resolve(task.encoder)(recipe))
+    encoder = encoder_of(recipe, registry)
     train = _cached(recipe, recipe.data.path, task, encoder, rank, registry)
     held_out = None
     if recipe.data.eval is not None and recipe.data.eval.path is not None:
@@ -78,6 +78,11 @@ def task_of(recipe: Recipe, registry: Registry) -> Task:
     if name is None:
         raise RecipeError("`task.name` is not set, and no model.family is there to take it from.")
     return cast("Task", registry.get("tasks", name))
+
+
+def encoder_of(recipe: Recipe, registry: Registry) -> Encoder:
+    """The encoder of the recipe's task. Raises whatever it finds wrong with the recipe."""
+    return cast("Encoder", resolve(task_of(recipe, registry).encoder)(recipe))
 
 
 def rows_of(recipe: Recipe, path: sources.Paths, registry: Registry) -> Iterator[Any]:

@@ -246,16 +246,17 @@ def _renamed(rows: Iterator[Row | BadRow], settings: TableOptions) -> Iterator[R
 
 
 def check_jsonl(paths: Paths, options: Any = None) -> list[str]:
-    """Missing and empty files, wrong encoding, and files whose first rows have a shape nobody knows."""
+    """Missing, empty and unreadable files, and files whose first rows have a shape nobody knows."""
     settings = _options(TableOptions, options)
     files, problems = _find(paths, _JSONL_SUFFIXES)
     for path in files:
         if path.stat().st_size == 0:
             continue
-        if encoding := _encoding(path):
-            problems += encoding
+        try:
+            head = list(itertools.islice(_renamed(_json_rows(path), settings), _PROBED_ROWS))
+        except (OSError, EOFError) as error:
+            problems.append(f"`{path}` cannot be read: {error}.")
             continue
-        head = list(itertools.islice(_renamed(_json_rows(path), settings), _PROBED_ROWS))
         rows = [row for row in head if isinstance(row, Row)]
         if not head:
             problems.append(f"`{path}` holds no row.")

@@ -134,7 +134,7 @@ class Stream:
         self.global_batch = plan.dp * plan.micro_batch * plan.micro_batches
         assert self.global_batch == data.global_batch, "the plan does not cut data.global_batch"
         self._plan, self._rank, self._step = plan, dp_rank, 0
-        settings = {"seq_len": data.seq_len, "pack": data.pack, "seed": recipe.run.seed}
+        settings: dict[str, Any] = {"seq_len": data.seq_len, "pack": data.pack, "seed": recipe.run.seed}
         everything = np.arange(len(prepared.train), dtype=np.int64)
         held_cache, held = prepared.held_out, None
         if held_cache is not None:
@@ -181,14 +181,13 @@ class Stream:
         return result
 
     def eval_batches(self, index: int) -> list[Batch]:
-        """This rank's micro-batches of held-out global batch `index`, 0 <= index < `eval_count`.
+        """This rank's micro-batches of held-out global batch `index`; there are `eval_count` different ones.
 
         Where the held-out rows do not fill the last global batch, earlier rows stand in with targets that do not count,
-        so that every held-out token is counted exactly once.
+        so that batches 0 to `eval_count - 1` count every held-out token once. Further indices begin again.
         """
-        if self.held_out is None or not 0 <= index < self.eval_count:
-            raise IndexError(f"there are {self.eval_count} held-out batches, asked for number {index}")
-        return self._make(self.held_out, index, once=True)
+        assert self.held_out is not None, "the recipe has no data.eval"
+        return self._make(self.held_out, index % self.eval_count, once=True)
 
     def samples(self, step: int) -> int:
         """Samples in a step's global batch, over all ranks."""
