@@ -24,15 +24,16 @@ are null.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, Protocol
 
-from loong_core.errors import Unsupported
+from loong_core.errors import RunError, Unsupported
 
 if TYPE_CHECKING:
     from loong_core.data.stream import Stream
@@ -132,20 +133,29 @@ def read(path: Path) -> list[Metrics]:
 
 
 class JsonLines:
-    """Appends rows; each is handed to the operating system whole, so a killed run keeps every finished step."""
+    """Appends rows; each is handed to the operating system at once, so a killed run keeps every finished step."""
 
-    def __init__(self, file: TextIO) -> None:
-        self._file = file
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = path.open("ab", buffering=0)
 
     def write(self, row: Metrics) -> None:
-        """Append one row."""
-        self._file.write(encode(row) + "\n")
-        self._file.flush()
+        """Append one row. Raises RunError when the file cannot take it (a full disk)."""
+        line = encode(row).encode() + b"\n"
+        try:
+            while line:
+                line = line[self._file.write(line) :]
+        except OSError as error:
+            raise RunError(
+                f"{self._path} cannot be written: {error.strerror}. Free space there (or remove jsonl from log.to), and "
+                "run the same command again to continue from the newest checkpoint."
+            ) from error
 
     def close(self) -> None:
-        """Close the file, once its content is on disk."""
+        """Close the file; a row that was written survives a crash of the machine from here on."""
         if not self._file.closed:
-            os.fsync(self._file.fileno())
+            with contextlib.suppress(OSError):
+                os.fsync(self._file.fileno())
             self._file.close()
 
 
@@ -171,7 +181,7 @@ def open_metrics(path: Path, step: int) -> JsonLines:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    return JsonLines(path.open("a", encoding="utf-8"))
+    return JsonLines(path)
 
 
 class TensorBoard:
