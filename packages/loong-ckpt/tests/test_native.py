@@ -154,6 +154,7 @@ def test_killed_anywhere_a_whole_checkpoint_remains(run: Any, tmp_path: Path, st
         assert (state["step"], state["data"]["row"]) in {(20, 20), (step, 99)}
         assert all((tensor == state["data"]["row"]).all() for _, tensor in again.held)
         assert not [name for name in names(folder) if name.startswith(".")]
+        assert not [path for path in native_folder.complete(folder) if native.manifest.problems(path)]
         seen.add(state["data"]["row"])
         if not died:
             break

@@ -25,6 +25,7 @@ def loong_checkpoint_formats() -> Iterable[CheckpointFormat]:
             check="loong_ckpt.native_folder:check",
             load="loong_ckpt.native:load",
             save="loong_ckpt.native:save",
+            store="loong_ckpt.store:Store",
             summary="sharded weights and optimizer state, resumable under any layout",
         ),
         CheckpointFormat(
