@@ -147,8 +147,8 @@ class JsonLines:
                 line = line[self._file.write(line) :]
         except OSError as error:
             raise RunError(
-                f"{self._path} cannot be written: {error.strerror}. Free space there (or remove jsonl from log.to), and "
-                "run the same command again to continue from the newest checkpoint."
+                f"{self._path} cannot be written: {error.strerror}. Free space there (or remove jsonl from log.to) "
+                "and run the same command again to continue from the newest checkpoint."
             ) from error
 
     def close(self) -> None:
