@@ -104,7 +104,7 @@ class Plugins:
     def trace(self, text: str) -> None:
         """Print `text` when hook calls are traced."""
         if self.tracing:
-            print(f"loong hook: {text}", file=sys.stderr)
+            sys.stderr.write(f"loong hook: {text}\n")
 
 
 def core_version() -> str:

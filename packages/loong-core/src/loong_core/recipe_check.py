@@ -110,7 +110,10 @@ class _Walker:
         full = (*root, *key)
         annotation = annotation_of(model, key)
         allowed = f" Allowed: {describe(annotation)}." if annotation is not None else ""
-        text = "this key is missing." if missing else f"{_show(_at(value, key))} is not allowed."
+        text = "this key is missing."
+        if not missing:
+            written = _at(self.document.value if _has(self.document.value, key) else value, key)
+            text = f"{_show(written)} is not allowed."
         return Problem(full, text + allowed, place_of(self.document.places, full))
 
     def _report(self, key: Key, text: str) -> None:
@@ -262,6 +265,17 @@ def _at(value: Any, key: Key) -> Any:
     for part in key:
         value = value[int(part)] if isinstance(value, list) else value.get(part) if isinstance(value, dict) else None
     return value
+
+
+def _has(value: Any, key: Key) -> bool:
+    for part in key:
+        if isinstance(value, dict) and part in value:
+            value = value[part]
+        elif isinstance(value, list) and part.isdigit() and int(part) < len(value):
+            value = value[int(part)]
+        else:
+            return False
+    return True
 
 
 def _prune(value: Any, key: Key) -> None:

@@ -106,7 +106,14 @@ def _represent_float(dumper: yaml.SafeDumper, value: float) -> yaml.ScalarNode:
     return dumper.represent_scalar(f"{_PREFIX}float", text)
 
 
+def _represent_text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
+    """Line breaks other than \\n are lost unless they are escaped, which only the double-quoted style does."""
+    breaks = any(character in value for character in "\r\x85\u2028\u2029\ufeff")
+    return dumper.represent_scalar(f"{_PREFIX}str", value, style='"' if breaks else None)
+
+
 _Dumper.add_representer(float, _represent_float)
+_Dumper.add_representer(str, _represent_text)
 
 
 def parse(text: str, name: str, line: bool = True) -> Document:
@@ -178,7 +185,7 @@ class _Builder:
         for name_node, value_node in node.value:
             if not isinstance(name_node, yaml.ScalarNode):
                 raise RecipeError(f"{self._place(name_node)}: a key must be a text, not a list or a mapping.")
-            name = name_node.value
+            name = _whole(name_node.value)
             inner = (*key, name)
             place = self._place(name_node)
             if name in result:
@@ -202,7 +209,7 @@ class _Builder:
         if tag == "null":
             return None
         if tag == "str":
-            return str(text).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            return _whole(text)
         self._check_tag(node, key, "bool", "int", "float")
         self.texts[key] = text
         try:
@@ -225,13 +232,27 @@ class _Builder:
         return Place(self.name, node.start_mark.line + 1 if self.line else 0)
 
 
+def _whole(text: str) -> str:
+    """JSON writes characters beyond the basic plane as two escapes, which PyYAML leaves as two halves."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 def merge(under: Document, over: Document) -> Document:
     """`over` laid on `under`: mappings are merged key by key, everything else (lists too) is replaced."""
     places, texts = dict(under.places), dict(under.texts)
     value = _merge_values(under.value or {}, over.value or {}, (), places, texts)
-    places.update(over.places)
+    for key, place in over.places.items():
+        # A word on the command line sets one key; the sections around it stay where the file has them.
+        if place.line or key not in places or not isinstance(_value_at(value, key), dict):
+            places[key] = place
     texts.update(over.texts)
     return Document(value, places, texts, [*under.problems, *over.problems])
+
+
+def _value_at(value: Any, key: Key) -> Any:
+    for part in key:
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
 
 
 def _merge_values(

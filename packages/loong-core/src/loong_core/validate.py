@@ -264,7 +264,8 @@ def _check_source(recipe: Recipe, registry: Registry, findings: Findings, purpos
             continue
         with findings.at(key):
             remedy = f"Set {key} to what the source {source.name} reads, or choose another data.source."
-            findings.absorb(key, [f"{str(text).rstrip('. ')}. {remedy}" for text in check(path, options)])
+            texts = [str(text).replace("`data.path`", f"`{key}`").rstrip(". ") for text in check(path, options)]
+            findings.absorb(key, [f"{text}. {remedy}" for text in texts])
 
 
 def _find_task(recipe: Recipe, model: Model | None, registry: Registry, findings: Findings) -> Task | None:

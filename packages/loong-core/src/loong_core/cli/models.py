@@ -12,7 +12,8 @@ from loong_core.cli import output
 def models(json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """List model families and their presets.
 
-    Architectures are those of Hugging Face that a family claims. A preset is a model.config for random weights: loong plan recipe.yaml model.family=qwen3 model.config=<preset>.
+    A family claims architectures of Hugging Face config.json files.
+    A preset is a model.config for random weights: loong plan recipe.yaml model.family=qwen3 model.config=<preset>.
 
     \b
     Example:
