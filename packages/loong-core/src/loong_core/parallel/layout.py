@@ -48,7 +48,7 @@ class Degrees:
 
 
 class Group(NamedTuple):
-    """`count` parameters that are cut alike; `role` is the first of them, for messages."""
+    """`number` parameters that are cut alike; `role` is the first of them, for messages."""
 
     shape: tuple[int, ...]
     axis: int | None
@@ -56,7 +56,7 @@ class Group(NamedTuple):
     padded: bool
     expert: bool
     trainable: bool
-    count: int
+    number: int
     role: str
 
     def degree(self, degrees: Degrees) -> int:
@@ -70,8 +70,8 @@ class Group(NamedTuple):
             degree = self.degree(degrees)
             extent = extents[self.axis]
             extents[self.axis] = (padded_extent(extent, degree, self.blocks) if self.padded else extent) // degree
-        count = self.count // degrees.ep if self.expert else self.count
-        return prod(extents) * count
+        number = self.number // degrees.ep if self.expert else self.number
+        return prod(extents) * number
 
 
 class Count(NamedTuple):
@@ -161,7 +161,7 @@ def _groups(specs: Sequence[tuple[ParameterSpec, bool]]) -> tuple[Group, ...]:
             padded=spec.padded,
             expert=spec.expert is not None,
             trainable=trainable,
-            count=counts[key],
+            number=counts[key],
             role=spec.role,
         )
         for key, (spec, trainable) in examples.items()

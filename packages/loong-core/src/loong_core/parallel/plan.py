@@ -139,9 +139,7 @@ def _candidates(shape: ModelShape, recipe: Recipe, cluster: Cluster, inventory: 
 
 
 # --------------------------------------------------------------------------------------------- the result
-def _finish(
-    shape: ModelShape, recipe: Recipe, cluster: Cluster, inventory: Inventory, chosen: _Trial
-) -> ParallelPlan:
+def _finish(shape: ModelShape, recipe: Recipe, cluster: Cluster, inventory: Inventory, chosen: _Trial) -> ParallelPlan:
     degrees, data = chosen.degrees, recipe.data
     # Without experts an expert degree describes nothing: megatron-core then wants it equal to tp.
     degrees = degrees if inventory.experts else replace(degrees, etp=degrees.tp)

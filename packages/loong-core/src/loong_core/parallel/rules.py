@@ -14,9 +14,7 @@ from loong_core.recipe import Recipe
 from loong_core.types import Cluster, ModelShape
 
 
-def problems(
-    shape: ModelShape, recipe: Recipe, cluster: Cluster, degrees: Degrees, inventory: Inventory
-) -> list[str]:
+def problems(shape: ModelShape, recipe: Recipe, cluster: Cluster, degrees: Degrees, inventory: Inventory) -> list[str]:
     """Everything that is wrong with a layout, in the order in which a user would mend it."""
     return [
         *_world(cluster, degrees),

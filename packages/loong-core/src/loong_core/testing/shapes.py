@@ -64,10 +64,9 @@ def _parameters(
             continue
         yield ParameterSpec(role=f"{start}.moe.router", shape=(experts, hidden), layer=layer)
         for expert in range(experts):
-            place = {"layer": layer, "expert": expert}
             up, down = f"{start}.moe.up.{expert}", f"{start}.moe.down.{expert}"
-            yield ParameterSpec(role=up, shape=(2 * ffn, hidden), axis=0, blocks=2, **place)
-            yield ParameterSpec(role=down, shape=(hidden, ffn), axis=1, **place)
+            yield ParameterSpec(role=up, shape=(2 * ffn, hidden), axis=0, blocks=2, layer=layer, expert=expert)
+            yield ParameterSpec(role=down, shape=(hidden, ffn), axis=1, layer=layer, expert=expert)
     yield ParameterSpec(role="final_norm", shape=(hidden,), place="last", init="ones")
     if not tied:
         yield ParameterSpec(role="head", shape=(vocabulary, hidden), axis=0, place="last", padded=True)
