@@ -21,6 +21,7 @@ PACKAGES = sorted(path.parent.name for path in ROOT.glob("packages/*/pyproject.t
 META = "loong-train"
 CONSTRAINTS = ("-c", "constraints/tested.txt", "-c", "constraints/dev.txt")
 TEST_PATHS = [*(f"packages/{package}/tests" for package in PACKAGES), "tests/contracts", "tests/e2e"]
+CONTRACT_TOOLS = ("build", "hatchling", "import-linter", "ruff", "towncrier", "uv")
 # Tests mean the same on every machine: no GPU, one thread a process (ranks share the cores), no network for weights.
 CPU_ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "",
@@ -56,14 +57,14 @@ def quickstart(session: nox.Session) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """Everything that needs no GPU, in one pytest run."""
-    workspace(session, "import-linter", "ruff", "uv", "build", "towncrier", "hatch")
+    workspace(session, *CONTRACT_TOOLS)
     pytest(session, TEST_PATHS, CPU_ENVIRONMENT)
 
 
 @nox.session
 def contracts(session: nox.Session) -> None:
     """What the packages promise each other and outsiders: docs, command line, budgets, imports, third parties."""
-    workspace(session, "import-linter", "ruff", "uv", "build", "towncrier", "hatch")
+    workspace(session, *CONTRACT_TOOLS)
     pytest(session, ["tests/contracts"], CPU_ENVIRONMENT)
 
 
@@ -134,5 +135,5 @@ def release(session: nox.Session) -> None:
     """`-- loong-llm minor`: raise the version, write the changelog section. `-- check TAG`: a tag says its version."""
     if len(session.posargs) != 2 or (session.posargs[0] != "check" and session.posargs[0] not in PACKAGES):
         session.error(f"usage: nox -s release -- <{'|'.join(PACKAGES)}> <major|minor|patch|current>, or -- check <tag>")
-    session.install(*CONSTRAINTS, "hatch", "towncrier")
+    session.install(*CONSTRAINTS, "hatchling", "towncrier")
     session.run("python", "tools/release.py", *session.posargs)

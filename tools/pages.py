@@ -11,7 +11,6 @@ from __future__ import annotations
 import ast
 import inspect
 import json
-import os
 import re
 import sys
 import typing
@@ -129,10 +128,11 @@ def command_tree() -> Any:
     """loong's own command line as a click command, third-party plugins left out."""
     import typer.main
 
-    os.environ["LOONG_PLUGINS"] = "llm,ckpt"
-    from loong_core.cli import build_app
+    from loong_core import plugins
+    from loong_core.cli import build
+    from loong_core.registry import Registry
 
-    return typer.main.get_command(build_app())
+    return typer.main.get_command(build(Registry(plugins.load(environ={"LOONG_PLUGINS": "llm,ckpt"}))))
 
 
 def commands_page() -> str:
@@ -142,7 +142,7 @@ def commands_page() -> str:
     for words, command in commands(command_tree()):
         if hasattr(command, "commands"):
             continue
-        arguments = [item.make_metavar(_context()) for item in command.params if item.param_type_name == "argument"]
+        arguments = [_metavar(item) for item in command.params if item.param_type_name == "argument"]
         lines += [f"## {' '.join(words)}\n", f"```console\n{' '.join([*words, '[OPTIONS]', *arguments])}\n```\n"]
         lines.append(_help(command.help) + "\n")
         options = [item for item in command.params if item.param_type_name == "option" and not item.hidden]
@@ -150,19 +150,26 @@ def commands_page() -> str:
             lines.append("| option | meaning |\n|---|---|")
             for item in options:
                 names = ", ".join(f"`{name}`" for name in (*item.opts, *item.secondary_opts))
-                lines.append(f"| {names} | {(item.help or '').replace('|', chr(92) + '|')} |")
+                meaning = _help(item.help).replace("|", "\\|")
+                lines.append(f"| {names} | {meaning} |")
             lines.append("")
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _context() -> Any:
-    import click
-
-    return click.Context(click.Command("loong"))
+def _metavar(argument: Any) -> str:
+    shown = argument.name.upper() + ("..." if argument.nargs != 1 else "")
+    return shown if argument.required else f"[{shown}]"
 
 
 def _help(text: str | None) -> str:
-    return inspect.cleandoc(text or "").replace("\b\n", "").replace("\f", "").strip()
+    """A command's help as markdown: what is indented becomes a block of code."""
+    plain = inspect.cleandoc(text or "").replace("\b\n", "").replace("\f", "").strip()
+    escaped = re.sub(r"^(?!  ).*$", lambda line: line[0].replace("<", "&lt;"), plain, flags=re.MULTILINE)
+    return re.sub(r"(?:^  .*\n?)+", _code, escaped, flags=re.MULTILINE).strip()
+
+
+def _code(indented: re.Match[str]) -> str:
+    return f"\n```console\n{inspect.cleandoc(indented[0])}\n```\n"
 
 
 def _filled(text: str, name: str, content: str) -> str:

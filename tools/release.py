@@ -35,7 +35,7 @@ def version(package: str, root: Path = ROOT) -> str:
 
 def fragments(package: str, root: Path = ROOT) -> list[Path]:
     """Change fragments waiting for the next release; exits where a name has the wrong form."""
-    found = sorted(path for path in (folder(package, root) / "changes").iterdir() if path.name != ".gitkeep")
+    found = sorted((folder(package, root) / "changes").glob("[!.]*"))
     for path in found:
         if not FRAGMENT.match(path.name):
             raise SystemExit(
@@ -68,7 +68,7 @@ def bump(package: str, part: str, root: Path = ROOT) -> str:
         raise SystemExit(f"packages/{package}/changes holds no fragment: there is nothing to tell users")
     tools = [sys.executable, "-m"]
     if part != "current":
-        subprocess.run([*tools, "hatch", "version", part], cwd=where, check=True)
+        subprocess.run([*tools, "hatchling", "version", part], cwd=where, check=True)
     number = version(package, root)
     subprocess.run([*tools, "towncrier", "build", "--yes", "--version", number], cwd=where, check=True)
     check_tag(f"{package}-v{number}", root)
