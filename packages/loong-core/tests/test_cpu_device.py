@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
-import textwrap
+import types
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ import torch.distributed as dist
 
 from loong_core.backends import cpu_device, gloo
 from loong_core.errors import Unsupported
+from loong_core.testing.ranks import run_ranks
 
 
 @pytest.fixture
@@ -36,16 +36,6 @@ def replaced():
     found["compile"] = torch.compile
     found["backward"] = torch.autograd._engine_run_backward
     return found
-
-
-def in_fresh_process(code):
-    """Run code in a new interpreter; returns what it prints."""
-    env = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join(sys.path))
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)], env=env, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
 
 
 def test_activation_is_reversible_and_repeatable():
@@ -183,28 +173,18 @@ def test_a_failed_activation_leaves_nothing_behind(monkeypatch):
     assert all(after[name] is before[name] for name in before)
 
 
-def test_megatron_imported_first_is_refused():
-    text = in_fresh_process(
-        """
-        import megatron.core
-        from loong_core.backends import cpu_device
-        from loong_core.errors import Unsupported
-        try:
-            cpu_device.activate()
-        except Unsupported as error:
-            print(error)
-        """
-    )
-    assert "megatron.core was imported before" in text
+def test_megatron_imported_first_is_refused(monkeypatch):
+    monkeypatch.setattr(cpu_device, "_activated_before", False)
+    monkeypatch.setitem(sys.modules, "megatron.core", types.ModuleType("megatron.core"))
+    with pytest.raises(Unsupported, match="megatron.core was imported before"):
+        cpu_device.activate()
+    assert not cpu_device.active()
 
 
 def test_megatron_random_states_on_the_cpu():
-    text = in_fresh_process(
-        """
-        import torch
-        from loong_core.backends import cpu
-        assert cpu.setup(0) == "cpu"
+    def draw(rank):
         from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
+
         tracker = CudaRNGStatesTracker()
         torch.manual_seed(1)
         outside = torch.rand(3)
@@ -214,7 +194,6 @@ def test_megatron_random_states_on_the_cpu():
             inside = torch.rand(3)
         same = torch.rand(3)
         torch.manual_seed(7)
-        print(torch.equal(outside, same), torch.equal(inside, torch.rand(3)))
-        """
-    )
-    assert text.endswith("True True")
+        return [torch.equal(outside, same), torch.equal(inside, torch.rand(3))]
+
+    assert run_ranks(1, draw) == [[True, True]]

@@ -62,4 +62,7 @@ def test_split_sizes_may_be_tensors_and_nccl_groups_become_gloo():
         dist.all_to_all_single(received, sent, theirs, counts[rank], group=group)
         return [received.tolist(), dist.get_backend(group)]
 
-    assert run_ranks(2, exchange, init=True, megatron=False) == [[[0.0, 1.0, 10.0], "gloo"], [[2.0, 11.0, 12.0], "gloo"]]
+    assert run_ranks(2, exchange, init=True, megatron=False) == [
+        [[0.0, 1.0, 10.0], "gloo"],
+        [[2.0, 11.0, 12.0], "gloo"],
+    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 
@@ -43,6 +44,8 @@ def setup(local_rank: int) -> str:
     """
     # Whoever runs this chose the cpu backend, by name or because no accelerator was found.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    # It warns that nvcc is here and no GPU is, whenever something imports it: true, and of no use to anybody here.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     import torch
 
     from loong_core.backends import cpu_device
