@@ -225,6 +225,8 @@ def _check_family(family: ModelFamily, config: Mapping[str, Any], registry: Regi
     architectures = config.get("architectures")
     if not isinstance(architectures, list) or not architectures or architectures[0] in family.hf_architectures:
         return
+    if not family.hf_architectures:
+        return  # it shares another family's architecture (qwen1_5 and qwen2), so naming it is a choice
     name = str(architectures[0])
     families = registry.table("model_families").values()
     if claiming := [other.name for other in families if name in other.hf_architectures]:
