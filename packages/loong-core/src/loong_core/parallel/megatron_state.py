@@ -151,7 +151,8 @@ def _optimizer_part(optimizer: Any, parameter: LocalParameter) -> _Part | None:
     if optimizer is None or not parameter.tensor.requires_grad:
         return None
     for member in _members(optimizer):
-        if not member.is_stub_optimizer and parameter.tensor in member.model_param_gbuf_map:
+        # The buffers know every parameter of the replica, megatron's range maps only those with a range on this rank.
+        if not member.is_stub_optimizer and any(parameter.tensor in buffer.param_index_map for buffer in member.buffers):
             return _Part(member, parameter)
     return None
 
@@ -164,10 +165,8 @@ class _Part:
         self._tensor = parameter.tensor
         # Master weights of fp32 parameters are the parameters themselves.
         self._has_master = parameter.tensor.dtype != torch.float32
-        buffer, dtype, bucket = member.model_param_gbuf_map[parameter.tensor]
-        held = member.gbuf_ranges[buffer][dtype][bucket]["param_map"].get(parameter.tensor)
-        self.start = 0 if held is None else held["param"].start
-        self._held = held is not None
+        self._held = parameter.tensor in member.model_param_gbuf_map
+        self.start = member._get_model_param_range_map(parameter.tensor)["param"].start if self._held else 0
 
     def state_names(self) -> list[str]:
         return [*MOMENTS, "master"] if self._has_master else list(MOMENTS)
