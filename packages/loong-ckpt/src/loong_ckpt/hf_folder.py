@@ -37,7 +37,7 @@ def claims(path: Path) -> bool:
 
 def check(path: Path) -> list[str]:
     """Everything that is wrong with the folder and can be told from names, sizes and headers. Torch-free."""
-    problems = _config_problems(path)
+    problems = config_problems(path)
     if path.is_dir():
         problems += scan(path)[1]
     return problems
@@ -45,7 +45,7 @@ def check(path: Path) -> list[str]:
 
 def open_folder(path: Path) -> HFFolder:
     """The folder's tensors; `CheckpointError` with every problem of `check` if there is one."""
-    problems = _config_problems(path)
+    problems = config_problems(path)
     folder = None
     if path.is_dir():
         folder, weights = scan(path)
@@ -100,7 +100,8 @@ def read_json(path: Path) -> Any:
         raise CheckpointError(f"{path} is not valid JSON ({error}). Copy or download it again.") from error
 
 
-def _config_problems(path: Path) -> list[str]:
+def config_problems(path: Path) -> list[str]:
+    """What is wrong with the folder itself and its config.json."""
     if not path.exists():
         return [f"{path}: this folder does not exist."]
     if not path.is_dir():

@@ -213,6 +213,7 @@ def _write_description(run: Run, temporary: Path, stream_state: Mapping[str, Any
         "family": run.family.name,
         "recipe_sha256": hashlib.sha256(recipe.encode()).hexdigest(),
         "plan": asdict(run.plan),
+        "resumable": bool(stream_state),
         "data": dict(stream_state),
     }
     (temporary / STATE).write_text(json.dumps(state, indent=1))
@@ -259,6 +260,11 @@ def load_checkpoint(run: Run, engine: Engine, path: Path, verify: bool = True) -
     `CheckpointError` on every rank.
     """
     state = _require_whole(path, run, verify)
+    if not state["resumable"]:
+        raise CheckpointError(
+            f"{path} holds weights without a position in the data, so no run can continue from it. Start a new run "
+            f"from it with model.weights, or resume from a checkpoint that a run saved."
+        )
     engine.load_state(path / ENGINE)
     return state
 
