@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loong_core.data.order import keys, permutation, split_held_out
 
 
 @given(count=st.integers(0, 300), seed=st.integers(0, 2**40), epoch=st.integers(0, 2**40))
+@settings(deadline=None)
 def test_a_permutation_holds_everything_once(count: int, seed: int, epoch: int) -> None:
     order = permutation(count, seed, epoch)
     assert sorted(order.tolist()) == list(range(count))
@@ -30,6 +31,7 @@ def test_the_stream_of_bits_is_the_recorded_one() -> None:
 @given(
     sizes=st.lists(st.integers(1, 9), min_size=1, max_size=60), fraction=st.floats(0.01, 0.99), seed=st.integers(0, 99)
 )
+@settings(deadline=None)
 def test_held_out_and_training_samples_are_disjoint_and_complete(sizes: list[int], fraction: float, seed: int) -> None:
     documents = np.repeat(np.arange(len(sizes)), sizes)
     if len(documents) < 2:

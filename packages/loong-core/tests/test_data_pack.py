@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loong_core.data.pack import Rows, best_fit, efficiency, next_fit, one_per_row
@@ -16,6 +16,7 @@ LENGTHS = st.lists(st.integers(1, 32), max_size=200).map(lambda values: np.array
 
 @pytest.mark.parametrize("pack", [next_fit, best_fit, lambda lengths, capacity: best_fit(lengths, capacity, window=3)])
 @given(lengths=LENGTHS)
+@settings(deadline=None)
 def test_every_sample_is_in_one_row_and_no_row_is_overfull(
     pack: Callable[[np.ndarray, int], Rows], lengths: np.ndarray
 ) -> None:
@@ -27,6 +28,7 @@ def test_every_sample_is_in_one_row_and_no_row_is_overfull(
 
 
 @given(lengths=LENGTHS)
+@settings(deadline=None)
 def test_next_fit_keeps_the_order_and_opens_a_row_only_when_it_must(lengths: np.ndarray) -> None:
     rows = next_fit(lengths, 32)
     assert rows.items.tolist() == list(range(len(lengths)))

@@ -13,8 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from loong_core.data.cache import Cache, build
+from loong_core.data.layout import Layout
 from loong_core.data.prepare import PreparedData
-from loong_core.data.stream import Layout, Stream
+from loong_core.data.stream import Stream
 from loong_core.errors import DataError
 from loong_core.recipe import Recipe
 from loong_core.types import ParallelPlan, Row
@@ -63,7 +64,7 @@ def close(*streams: Stream) -> None:
 
 LENGTHS = st.lists(st.integers(2, SEQ_LEN), min_size=1, max_size=25)
 CUTS = st.sampled_from([(1, 1, 8), (1, 8, 1), (2, 1, 4), (2, 2, 2), (4, 2, 1), (8, 1, 1), (4, 1, 2)])
-RELAXED = settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow])
+RELAXED = settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.too_slow])
 
 
 @given(lengths=LENGTHS, cut=CUTS, pack=st.booleans(), shuffle=st.booleans())

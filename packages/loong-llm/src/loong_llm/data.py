@@ -91,14 +91,14 @@ class TextEncoder:
 
     def label(self, rows: Sequence[Row]) -> list[Labelled | RowError]:
         """Each row as tokens and labels, of any length."""
-        results: list[Labelled | RowError] = [_try(self._plain, row) for row in rows]
+        results: list[Any] = [_try(self._plain, row) for row in rows]
         texts = [at for at, item in enumerate(results) if isinstance(item, str)]
         for at, labelled in zip(texts, self._tokenize([results[at] for at in texts]), strict=True):
             results[at] = labelled
         talks = [at for at, item in enumerate(results) if isinstance(item, Conversation)]
         if talks:
-            for at, labelled in zip(talks, self._render([results[at] for at in talks]), strict=True):
-                results[at] = labelled
+            for at, item in zip(talks, self._render([results[at] for at in talks]), strict=True):
+                results[at] = item
         return [_try(self._in_vocabulary, item) for item in results]
 
     def explain(self, row: Row) -> list[tuple[str, bool]]:
@@ -216,13 +216,23 @@ def _try(function: Any, item: Any) -> Any:
 
 
 def _labelled(fields: Mapping[str, Any]) -> Labelled:
+    """A row of token ids. Padding that an `attention_mask` hides at its ends is cut off, and so never learned."""
     tokens = _integers("input_ids", fields["input_ids"])
-    if fields.get("labels") is None:
-        return Labelled(tokens, tokens)
-    labels = _integers("labels", fields["labels"])
-    if len(labels) != len(tokens):
-        raise RowError(f"`labels` has {len(labels):,} entries, `input_ids` has {len(tokens):,}; they must be aligned")
-    return Labelled(tokens, labels)
+    labels = tokens if fields.get("labels") is None else _aligned("labels", fields, tokens)
+    if fields.get("attention_mask") is None:
+        return Labelled(tokens, labels)
+    real = np.flatnonzero(_aligned("attention_mask", fields, tokens))
+    if len(real) == 0 or real[-1] - real[0] + 1 != len(real):
+        raise RowError("`attention_mask` hides tokens inside the row; only padding at its ends may be hidden")
+    kept = slice(real[0], real[-1] + 1)
+    return Labelled(tokens[kept], labels[kept])
+
+
+def _aligned(name: str, fields: Mapping[str, Any], tokens: np.ndarray) -> np.ndarray:
+    values = _integers(name, fields[name])
+    if len(values) != len(tokens):
+        raise RowError(f"`{name}` has {len(values):,} entries, `input_ids` has {len(tokens):,}; they must be aligned")
+    return values
 
 
 def _integers(name: str, values: Any) -> np.ndarray:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import secrets
 import shutil
@@ -33,6 +34,9 @@ _SHOWN_BAD_ROWS = 20
 _KEPT_BAD_ROWS = 1000
 _BATCH_ROWS = 256
 _BATCH_CHARACTERS = 4_000_000
+_REPORT_SECONDS = 10.0
+
+logger = logging.getLogger(__name__)
 
 
 def key(parts: Mapping[str, Any]) -> str:
@@ -124,8 +128,12 @@ def build(folder: Path, rows: Iterable[Row | BadRow], encoder: Encoder, *, skip_
     """
     temporary = _make_temporary(folder)
     writer = _Writer(temporary, seq_len)
+    reported = time.monotonic()
     try:
         for batch in _batches(rows):
+            if time.monotonic() - reported > _REPORT_SECONDS:
+                reported = time.monotonic()
+                logger.info("tokenising: %s rows, %s tokens so far", f"{writer.rows:,}", f"{writer.elements:,}")
             writer.add(batch, _encode(encoder, [row for row in batch if isinstance(row, Row)]))
         writer.raise_problems(skip_bad)
         writer.finish(dict(getattr(encoder, "counters", {})))
@@ -263,19 +271,15 @@ class _Writer:
         self.hashes[name].update(data)
 
     def raise_problems(self, skip_bad: bool) -> None:
-        shown = self.bad_rows[:_SHOWN_BAD_ROWS]
+        shown = [f"  {row}" for row in self.bad_rows[:_SHOWN_BAD_ROWS]]
         if self.bad and not skip_bad:
-            more = f"... and {self.bad - len(shown):,} more." if self.bad > len(shown) else ""
-            raise DataError(
-                f"{self.bad:,} of {self.rows:,} rows cannot be used:",
-                [f"  {row}" for row in shown],
-                *([f"  {more}"] if more else []),
-                "Correct them, or leave them out with data.bad_rows: skip.",
-            )
+            lines = [f"{self.bad:,} of {self.rows:,} rows cannot be used:", *shown]
+            if self.bad > len(shown):
+                lines.append(f"  ... and {self.bad - len(shown):,} more.")
+            raise DataError("\n".join([*lines, "Correct them, or leave them out with data.bad_rows: skip."]))
         if not self.samples:
-            reasons = [f"  {row}" for row in shown]
             what = f"none of the {self.rows:,} rows can be used:" if self.rows else "it holds no row."
-            raise DataError(f"There is nothing to train on in the data: {what}", reasons)
+            raise DataError("\n".join([f"There is nothing to train on in the data: {what}", *shown]))
 
     def finish(self, counters: Mapping[str, int]) -> None:
         for handle in self.handles.values():

@@ -13,10 +13,10 @@ from typing import Any, cast
 import numpy as np
 
 from loong_core.data.cache import Cache
+from loong_core.data.layout import Layout
 from loong_core.data.pack import efficiency
 from loong_core.data.prepare import encoder_of, prepare, rows_of
 from loong_core.data.rows import CHAT_KINDS, BadRow, RowError, kind_of
-from loong_core.data.stream import Layout
 from loong_core.errors import DataError, LoongError, UserError
 from loong_core.recipe import Recipe
 from loong_core.recipe_load import from_mapping, load
@@ -51,15 +51,16 @@ def target(argument: str, overrides: list[str], settings: Mapping[str, Any], reg
     data.update({name: given[name] for name in ("tokenizer", "seq_len") if name in given})
     recipe = from_mapping({"data": data, "task": {"name": given.get("task")}})
     if recipe.task.name is None:
-        recipe = recipe.model_copy(
-            update={"task": recipe.task.model_copy(update={"name": _guess_task(recipe, registry)})}
-        )
+        named = recipe.task.model_copy(update={"name": _guess_task(recipe, registry)})
+        recipe = recipe.model_copy(update={"task": named})
     return recipe
 
 
 def _is_recipe(path: Path) -> bool:
-    if not path.exists() or path.suffix in (".yaml", ".yml"):
+    if path.suffix in (".yaml", ".yml"):
         return True
+    if not path.exists():
+        return not path.suffix and len(path.parts) == 1
     if path.suffix != ".json":
         return path.is_dir() and (path / "recipe.yaml").is_file()
     try:
@@ -177,7 +178,8 @@ def check(recipe: Recipe, registry: Registry, folder: Path) -> dict[str, Any]:
 def duplicates(cache: Cache) -> dict[str, Any]:
     """Samples that repeat an earlier one token by token, and the places of the first few pairs."""
     seen: dict[bytes, int] = {}
-    count, shown = 0, []
+    count = 0
+    shown: list[list[str]] = []
     for number in range(len(cache)):
         digest = hashlib.blake2b(digest_size=16)
         for name, values in cache.sample(number).items():

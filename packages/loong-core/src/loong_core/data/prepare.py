@@ -44,17 +44,18 @@ class PreparedData:
     notes: tuple[str, ...] = ()
 
 
-def prepare(recipe: Recipe, folder: Path, *, rank: int = 0, registry: Registry | None = None) -> PreparedData:
+def prepare(recipe: Recipe, folder: Path, *, rank: int | None = None, registry: Registry | None = None) -> PreparedData:
     """Build, or find, the tokenizer (in `folder`, the run folder) and the caches of a resolved recipe.
 
     Rank 0 builds; every other rank waits until the finished folders appear, however long that takes, without holding a
-    collective. So the cache folder must be one that all ranks see.
+    collective. So the cache folder must be one that all ranks see. `rank` None: what torch.distributed says.
 
     Raises:
         DataError: bad rows under `data.bad_rows: error`, no usable row, unreadable files, an unwritable cache.
         RecipeError: no source or task of that name, no path, no tokenizer where one is needed.
     """
     registry = registry or open_registry()
+    rank = _rank() if rank is None else rank
     task = task_of(recipe, registry)
     tokenizer = _tokenizer(recipe, folder, rank, registry)
     if tokenizer is not None:
@@ -142,6 +143,14 @@ def _cached(recipe: Recipe, path: sources.Paths, task: Task, encoder: Encoder, r
     return cache
 
 
+def _rank() -> int:
+    """This process's rank; 0 where no process group exists. Never imports torch for the question."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        return 0
+    return int(distributed.get_rank())
+
+
 def _wait(find: Any, folder: Path) -> Any:
     """Look for what another process is making until it is there."""
     started = reminded = time.monotonic()
@@ -182,6 +191,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     from loong_core.recipe_load import load
 
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("loong_core").setLevel(logging.INFO)
     try:
         registry = open_registry()
         recipe = load(given[0], [], registry).recipe
