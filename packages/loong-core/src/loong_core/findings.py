@@ -12,7 +12,6 @@ from loong_core.recipe import Recipe
 from loong_core.recipe_load import LoadedRecipe
 
 _KEY = re.compile(r"(?<![\w.])(?:" + "|".join(Recipe.model_fields) + r")(?:\.[a-z_]+)+")
-_SCALARS = ("precision", "backend")
 
 
 class Findings:
@@ -57,11 +56,20 @@ class Findings:
         except PluginError as error:
             self.absorb(key, [str(error)])
 
-    def attempt(self, key: str, action: Callable[[], Any]) -> Any:
-        """The result of `action`, or None with its problems collected."""
-        with self.at(key):
+    def attempt(self, key: str, action: Callable[[], Any], doubtful: bool = False) -> Any:
+        """The result of `action`, or None with its problems collected. `doubtful`: some of its inputs may be defaults
+        in place of wrong keys, so only problems of keys that somebody wrote are believed."""
+        try:
             return action()
+        except UserError as error:
+            self.absorb(key, [text for text in error.problems if not doubtful or self._is_written(text)])
+        except PluginError as error:
+            self.absorb(key, [str(error)])
         return None
+
+    def _is_written(self, text: str) -> bool:
+        match = _KEY.search(text)
+        return match is not None and tuple(match.group().split(".")) in self.loaded.places
 
     def raise_any(self) -> None:
         """Raise everything found as one error, if anything was."""

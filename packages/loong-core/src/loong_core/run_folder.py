@@ -40,8 +40,9 @@ def name_problem(name: str) -> str:
     return ""
 
 
-def problems(recipe: Recipe) -> list[str]:
-    """Why this run may not use its folder: not writable, or another run lives there."""
+def problems(recipe: Recipe, comparable: bool = True) -> list[str]:
+    """Why this run may not use its folder: not writable, or another run lives there. `comparable`: model and task are
+    known by name and paths are absolute, as in the recipe the folder may hold."""
     folder = folder_of(recipe)
     if problem := _unwritable(folder):
         return [problem]
@@ -53,12 +54,12 @@ def problems(recipe: Recipe) -> list[str]:
         saved = recipe_load.load_file(folder / RECIPE)
     except RecipeError as error:
         return [f"run.name: {folder} holds a run whose recipe cannot be read ({error}). Choose another run.name."]
-    if different := differences(saved, recipe):
+    if comparable and (different := differences(saved, recipe)):
         return [
             f"run.name: the folder {folder} holds another run; they differ in {', '.join(different)}. Choose another "
             f"run.name, or remove the folder if that run is not needed."
         ]
-    if recipe.checkpoint.resume == "never":
+    if comparable and recipe.checkpoint.resume == "never":
         return [
             f"run.name: the folder {folder} holds this run already, and checkpoint.resume is never. Set "
             "checkpoint.resume=auto to continue it, choose another run.name, or remove the folder."

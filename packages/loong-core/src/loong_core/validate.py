@@ -89,6 +89,7 @@ def prepare(loaded: LoadedRecipe, registry: Registry, worker: bool = False, purp
     chosen = chosen or findings.attempt("backend", lambda: choose_backend("auto", registry, "plan"))
     policy = policy or next(iter(registry.table("precision_policies").values()), None)
     cluster = chosen and findings.attempt("launch", lambda: _cluster(chosen, recipe, policy, purpose))
+    cluster = cluster or (chosen and findings.attempt("launch", lambda: _cluster(chosen, recipe, policy, "plan")))
     if chosen is None or cluster is None or policy is None:
         findings.raise_all()
     recipe = _with(recipe, backend=chosen.backend.name)
@@ -98,7 +99,9 @@ def prepare(loaded: LoadedRecipe, registry: Registry, worker: bool = False, purp
         recipe = _with(recipe, task={"name": task.name})
     findings.absorb("", findings.attempt("", lambda: registry.validate(recipe, cluster)) or [])
     planner = _find_planner(recipe, cluster, registry, findings)
-    if model is None or planner is None or findings.suspect("parallel", "data"):
+    if purpose == "train":
+        findings.absorb("run.name", run_folder.problems(absolute_paths(recipe), model is not None and task is not None))
+    if model is None or planner is None:
         findings.raise_all()
     recipe = _with(recipe, parallel={"planner": planner.name})
     return _plan(recipe, findings, registry, purpose, chosen, cluster, policy, model, task, planner)
@@ -116,9 +119,10 @@ def _plan(
     task: Task | None,
     planner: ParallelPlanner,
 ) -> Prepared:
-    """The last part of `prepare`: lay out the model, choose ops, resolve, and look at the run folder."""
+    """The last part of `prepare`: lay out the model, choose ops, resolve."""
     make = findings.attempt("parallel", lambda: resolve(planner.plan, f"planner {planner.name}"))
-    plan = make and findings.attempt("parallel", lambda: make(model.shape, recipe, cluster, policy))
+    doubtful = findings.suspect("parallel", "data", "model", "launch")
+    plan = make and findings.attempt("parallel", lambda: make(model.shape, recipe, cluster, policy), doubtful)
     if plan is None:
         findings.raise_all()
     request = op_request(chosen.backend, policy, plan, model.shape)
@@ -129,12 +133,8 @@ def _plan(
     findings.raise_any()
     if task is None:
         findings.raise_all()
-    resolved = resolve_recipe(recipe, plan, cluster, choices)
-    if purpose == "train":
-        findings.absorb("run.name", run_folder.problems(resolved))
-    findings.raise_any()
     return Prepared(
-        recipe=resolved,
+        recipe=resolve_recipe(recipe, plan, cluster, choices),
         cluster=cluster,
         backend=chosen.backend,
         precision=policy,
@@ -196,6 +196,16 @@ def op_request(backend: Backend, policy: PrecisionPolicy, plan: ParallelPlan, sh
 def resolve_recipe(recipe: Recipe, plan: ParallelPlan, cluster: Cluster, choices: Mapping[str, OpChoice]) -> Recipe:
     """The recipe without `auto` and with absolute paths: runnable again, from anywhere, with the same choices."""
     degrees = {name: getattr(plan, name) for name in ("tp", "sp", "pp", "cp", "ep", "recompute")}
+    return _with(
+        absolute_paths(recipe),
+        parallel=degrees,
+        launch={"devices": cluster.devices_per_node, "nodes": cluster.nodes},
+        ops={op: choice.name for op, choice in choices.items()},
+    )
+
+
+def absolute_paths(recipe: Recipe) -> Recipe:
+    """The recipe with every path absolute, so that it means the same wherever it is run again."""
     model, data, resume = recipe.model, recipe.data, recipe.checkpoint.resume
     config = model.config
     if isinstance(config, str) and Path(config).exists():
@@ -205,10 +215,7 @@ def resolve_recipe(recipe: Recipe, plan: ParallelPlan, cluster: Cluster, choices
         run={"dir": recipe.run.dir.absolute()},
         model={"weights": _absolute(model.weights), "config": config},
         data={"path": _absolute(data.path), "tokenizer": _absolute(data.tokenizer), "cache": _absolute(data.cache)},
-        parallel=degrees,
-        launch={"devices": cluster.devices_per_node, "nodes": cluster.nodes},
         checkpoint={"resume": _absolute(resume)},
-        ops={op: choice.name for op, choice in choices.items()},
     )
     if data.eval is not None:
         held_out = data.eval.model_copy(update={"path": _absolute(data.eval.path)})
