@@ -150,11 +150,19 @@ def test_several_workers_through_torchrun(folder: Path, capfd: pytest.CaptureFix
 
 
 @pytest.mark.parametrize(("code", "expected"), [(1, 1), (2, 2)])
-def test_code_of_one_rank_of_several(folder: Path, code: int, expected: int) -> None:
+def test_code_of_one_rank_of_several(folder: Path, code: int, expected: int, capfd: pytest.CaptureFixture[str]) -> None:
     # Rank 0 sleeps: it must be ended, not waited for.
     began = time.monotonic()
     assert started(folder, 2, codes={"1": code}) == expected
     assert time.monotonic() - began < 55
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_killed_rank_of_several_is_explained(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert started(folder, 2, kill=True) == 1
+    error = capfd.readouterr().err
+    assert "the worker of rank 0 was ended by SIGKILL; the machine may be out of memory." in error
+    assert "Traceback" not in error
 
 
 PARENT = """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from typing import Any
 
 import pytest
@@ -29,7 +30,7 @@ def row(step: int, **changes: Any) -> dict[str, Any]:
 
 def piped(every: int = 1, done: int = 0, steps: int = 10) -> tuple[Watch, io.StringIO]:
     text = io.StringIO()
-    return Watch("demo", done, steps, every, Console(file=text, soft_wrap=True, highlight=False)), text
+    return Watch("demo", done, steps, every, Console(file=text, highlight=False)), text
 
 
 def test_a_line_holds_everything() -> None:
@@ -71,7 +72,7 @@ def test_numbers_that_are_none_or_not_numbers() -> None:
 
 def test_a_long_line_is_not_broken_in_a_pipe() -> None:
     text = io.StringIO()
-    watching = Watch("demo", 0, 10, 1, Console(file=text, soft_wrap=True, highlight=False, width=20))
+    watching = Watch("demo", 0, 10, 1, Console(file=text, highlight=False, width=20))
     watching.write(row(1, mfu=0.5, eval_loss=1.0))
     assert text.getvalue().count("\n") == 1
 
@@ -87,6 +88,8 @@ def test_bar_on_a_terminal(width: int) -> None:
     watching.close()
     shown = text.getvalue()
     assert "\x1b[" in shown and "held-out" in shown and "3/3" in shown
+    last = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown[shown.rindex("3/3") :])
+    assert "1.50 GiB" in (joined := " ".join(last.split())) and "10%" in joined, "figures wrap, none is cut off"
     assert shown.rindex("\x1b[?25h") > shown.rindex("\x1b[?25l"), "the cursor comes back"
 
 

@@ -21,6 +21,7 @@ from typing import Any
 from loong_core.types import Backend, Cluster
 
 WORKER = "loong_core.train.worker"
+ELASTIC = "loong_core.elastic"
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -28,8 +29,8 @@ _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 def launch(recipe_path: Path, cluster: Cluster, backend: Backend, folder: Path) -> int:
     """Run the workers of one machine to their end.
 
-    One worker is a plain child process; several are started by `torch.distributed.run`, which every machine of
-    several runs for itself and which meets the others at the recipe's `launch.rendezvous`.
+    One worker is a plain child process; several are started by torch.distributed.run (see `loong_core.elastic`), which
+    every machine of several runs for itself and which meets the others at the recipe's `launch.rendezvous`.
 
     Args:
         recipe_path: the resolved recipe, handed to the workers.
@@ -65,7 +66,7 @@ def worker_command(recipe_path: Path, cluster: Cluster) -> list[str]:
         meeting = [f"--rdzv-endpoint={settings['rendezvous']}", f"--rdzv-id={recipe_path.parent.name}"]
     return [
         *python,
-        "torch.distributed.run",
+        ELASTIC,
         f"--nnodes={cluster.nodes}",
         f"--nproc-per-node={cluster.devices_per_node}",
         "--rdzv-backend=c10d",

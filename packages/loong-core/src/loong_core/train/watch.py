@@ -66,7 +66,7 @@ class Watch:
     """
 
     def __init__(self, name: str, done: int, steps: int, every: int = 1, console: Console | None = None) -> None:
-        self._console = console or Console(soft_wrap=True, highlight=False)
+        self._console = console or Console(highlight=False)
         self._name, self._first, self._steps, self._every = name, done + 1, steps, every
         self._pace: deque[float] = deque(maxlen=_WINDOW)
         self._last_time: float | None = None
@@ -108,7 +108,7 @@ class Watch:
         parts = [f"{name} {value}" for name, value in figures(row, self._held_out if evaluated else None)]
         width = len(str(self._steps))
         text = f"step {row['step']:>{width}}/{self._steps}  {'  '.join(parts)}  ETA {self._eta(row)}"
-        self._console.print(text, markup=False)
+        self._console.print(text, markup=False, soft_wrap=True)
         self._console.file.flush()
 
     def _draw(self, row: Metrics, evaluated: bool) -> None:
