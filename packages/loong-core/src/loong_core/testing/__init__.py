@@ -13,6 +13,7 @@ The suites need pytest (`pip install "loong-core[testing]"`) and are imported wh
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -39,12 +40,14 @@ __all__ = [
 ]
 
 
+_MODULES = {name: f"{__name__}.{name.removesuffix('Contract').lower() or 'contract'}" for name in __all__}
+
+
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import pytest
 
-    module = f"{__name__}.{name.removesuffix('Contract').lower() or 'contract'}"
     # Installed modules get pytest's explained assertions only if it is told before they are imported.
-    pytest.register_assert_rewrite(module)
-    return getattr(importlib.import_module(module), name)
+    pytest.register_assert_rewrite(*(module for module in _MODULES.values() if module not in sys.modules))
+    return getattr(importlib.import_module(_MODULES[name]), name)
