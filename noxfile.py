@@ -21,6 +21,7 @@ PACKAGES = sorted(path.parent.name for path in ROOT.glob("packages/*/pyproject.t
 META = "loong-train"
 CONSTRAINTS = ("-c", "constraints/tested.txt", "-c", "constraints/dev.txt")
 TEST_PATHS = [*(f"packages/{package}/tests" for package in PACKAGES), "tests/contracts", "tests/e2e"]
+PROMPT = 'def read_lines(path):\n    """'
 CONTRACT_TOOLS = ("build", "hatchling", "import-linter", "ruff", "towncrier", "uv")
 # Tests mean the same on every machine: no GPU, one thread a process (ranks share the cores), no network for weights.
 CPU_ENVIRONMENT = {
@@ -49,9 +50,18 @@ def pytest(session: nox.Session, paths: list[str], environment: dict[str, str]) 
 def quickstart(session: nox.Session) -> None:
     """The main job: install loong, train a small Qwen3 on the CPU, write a report, export it, let it write."""
     session.install("-c", "constraints/tested.txt", ".[llm]")
-    name = next(f"quickstart{n or ''}" for n in range(1000) if not (ROOT / "runs" / f"quickstart{n or ''}").exists())
-    words = session.posargs or [f"run.name={name}"]
+    given = next((word for word in session.posargs if word.startswith("run.name=")), "")
+    name = given.removeprefix("run.name=") or _free_name("quickstart")
+    words = [*session.posargs, *([] if given else [f"run.name={name}"]), "run.dir=runs"]
     session.run("loong", "train", "quickstart", *words, env={"TOKENIZERS_PARALLELISM": "false"})
+    session.run("loong", "generate", f"runs/{name}", PROMPT, "--max-new-tokens", "80", "--temperature", "0.7")
+
+
+def _free_name(stem: str) -> str:
+    """`stem`, or `stem` with the first number that no run folder has."""
+    return next(
+        name for n in range(1, 1000) if not (ROOT / "runs" / (name := f"{stem}-{n}" if n > 1 else stem)).exists()
+    )
 
 
 @nox.session
