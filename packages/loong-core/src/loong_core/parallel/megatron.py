@@ -87,6 +87,7 @@ class MegatronEngine:
         self.modules = modules
         self.groups = groups
         self.plan: ParallelPlan = run.plan
+        self.device = run.device
         self._run = run
         self._options = MegatronOptions(**run.recipe.parallel.options)
         self._loss = resolve(run.task.loss)

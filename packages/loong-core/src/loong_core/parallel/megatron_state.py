@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue
 
 from loong_core.errors import CheckpointError
 
@@ -49,6 +50,10 @@ def save(folder: Path, engine: MegatronEngine, optimizer: Any) -> None:
             full = _assembled(values, part.start, weight, engine.replica_group(parameter), owners.owner(parameter))
             if owned:
                 _put(tensors, engine, parameter, name, full)
+    if torch.device(engine.device).type == "cpu":
+        # megatron's writer passes results through a manager process, spawned by default: that imports the main module
+        # again, seconds on every rank. A fork is safe where no device context is copied.
+        get_write_results_queue("fork")
     dist_checkpointing.save(tensors, str(folder), async_strategy="mcore", validate_access_integrity=True)
     if dist.get_rank() == 0:
         (folder / STEP_FILE).write_text(json.dumps({"step": max(steps, default=0)}))

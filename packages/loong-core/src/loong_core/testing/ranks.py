@@ -225,7 +225,7 @@ def _kill_group(leader: int) -> None:
 
 def _collect(world: int, folder: Path, status: int | None, timeout: float) -> list[Any]:
     """The results of all ranks, or one error that tells what became of each rank without one."""
-    problems = []
+    problems: list[str] = []
     for rank in range(world):
         if (folder / f"{rank}.json").exists() and not (folder / f"{rank}.died").exists():
             continue
