@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from loong_core.errors import PluginError, UserError
 from loong_core.recipe import Recipe
@@ -56,7 +56,7 @@ class Findings:
         except PluginError as error:
             self.absorb(key, [str(error)])
 
-    def attempt(self, key: str, action: Callable[[], Any], doubtful: bool = False) -> Any:
+    def attempt[T](self, key: str, action: Callable[[], T], doubtful: bool = False) -> T | None:
         """The result of `action`, or None with its problems collected. `doubtful`: some of its inputs may be defaults
         in place of wrong keys, so only problems of keys that somebody wrote are believed."""
         try:

@@ -243,14 +243,8 @@ def _bad_keys(error: ValidationError, value: Any) -> dict[Key, bool]:
         location = list(detail["loc"])
         missing = detail["type"] == "missing"
         for index, part in enumerate(location):
-            if (
-                isinstance(current, dict)
-                and part in current
-                or isinstance(current, list)
-                and isinstance(part, int)
-                and part < len(current)
-            ):
-                current, key = current[part], (*key, str(part))
+            if _has(current, (str(part),)):
+                current, key = _at(current, (str(part),)), (*key, str(part))
             elif missing and index == len(location) - 1:
                 key = (*key, str(part))
         found[key] = missing

@@ -144,7 +144,8 @@ def _syntax_problem(error: yaml.YAMLError, name: str, line: bool) -> str:
     what = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error)
     where = f"{name}:{mark.line + 1}" if mark is not None and line else name
     column = f" (column {mark.column + 1})" if mark is not None else ""
-    context = f", {error.context}" if getattr(error, "context", None) else ""
+    around = getattr(error, "context", None)
+    context = f", {around}" if around else ""
     return (
         f"{where}: this is not valid {'JSON' if name.endswith('.json') else 'YAML'}: {what}{context}{column}. "
         "Indent with spaces, close every bracket and quote, and quote text that contains `: ` or ` #`."

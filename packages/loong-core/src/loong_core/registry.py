@@ -219,10 +219,10 @@ class Registry:
                         f"Plugin {self.plugins.describe(plugin)}: {hook} must return an iterable of "
                         f"loong_core.types.{expected.__name__}, and returned {got}."
                     )
-                name = f"{item.op}.{item.name}" if isinstance(item, OpImpl) else item.name
+                name = f"{item.op}.{item.name}" if isinstance(item, OpImpl) else getattr(item, "name", None)
                 self._check_name(kind, plugin, name, found)
-                found[name] = item
-                self._owners[kind, name] = plugin
+                found[str(name)] = item
+                self._owners[kind, str(name)] = plugin
         return found
 
     def _provided(self, hook: str, plugin: str, function: Callable[[], Iterable[Any] | None]) -> list[Any]:
