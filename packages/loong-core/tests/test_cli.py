@@ -108,6 +108,21 @@ def test_plan_as_json_and_as_text(capsys: pytest.CaptureFixture[str]) -> None:
         assert part in text
 
 
+def test_a_plan_needs_config_json_only(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("loong_llm", reason="needs a real model family")
+    Path("hf").mkdir()
+    Path("r.json").write_text(json.dumps({"model": {"weights": "hf"}, "data": {"seq_len": 64}}))
+    assert cli.run(["plan", "r.json"]) == 2 and "config.json" in capsys.readouterr().err
+    Path("hf/config.json").write_text("{")
+    assert cli.run(["plan", "r.json"]) == 2 and "not valid JSON" in capsys.readouterr().err
+    Path("hf/config.json").write_text(json.dumps(CONFIG))
+    assert cli.run(["plan", "r.json"]) == 0
+    assert "`loong train` will refuse" in capsys.readouterr().out
+    Path("hf/config.json").unlink()
+    Path("hf").rmdir()
+    assert cli.run(["plan", "r.json"]) == 2 and "hf does not exist" in capsys.readouterr().err
+
+
 def test_a_resolved_recipe_resolves_to_itself(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("loong_llm", reason="needs a real model family")
     assert cli.run(["plan", recipe(), "--json"]) == 0

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from loong_core import run_folder
+from loong_core.errors import RunError
 from loong_core.recipe import Recipe
 from loong_core.recipe_load import dump, from_mapping
 
@@ -119,3 +120,32 @@ def test_git_revision(tmp_path: Path) -> None:
     if here is not None:
         assert len(here["revision"]) == 40 and isinstance(here["changed"], bool)
         json.dumps(here)
+
+
+def test_the_records_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("loong_llm", reason="needs a real model family")
+    from loong_core import recipe_load, registry, validate
+
+    monkeypatch.chdir(tmp_path)
+    for name in ("RANK", "WORLD_SIZE", "LOONG_PLUGINS", "LOONG_PLUGIN_FILES"):
+        monkeypatch.delenv(name, raising=False)
+    Path("a.txt").write_text("text")
+    Path("r.yaml").write_text(
+        "run: {seed: 7}\nmodel: {family: qwen3, config: qwen3-0.6b}\ndata: {source: text, path: a.txt}\n"
+    )
+    plugins = registry.open_registry()
+    prepared = validate.prepare(recipe_load.load("r.yaml", [], plugins), plugins)
+    folder = run_folder.create(prepared, plugins)
+    assert folder == tmp_path / "runs" / "run"
+    assert sorted(path.name for path in folder.iterdir()) == ["logs", "manifest.json", "plan.json", "recipe.yaml"]
+    assert recipe_load.load_file(folder / "recipe.yaml") == prepared.recipe
+    assert run_folder.wait_for(prepared, seconds=1) == folder
+    plan = json.loads((folder / "plan.json").read_text())
+    assert plan["world"] == plan["tp"] == 1 and plan["model"]["layers"] == 28 and plan["parameters"] > 5e8
+    record = json.loads((folder / "manifest.json").read_text())
+    assert record["packages"]["loong-core"] and record["seeds"] == {"run": 7}
+    assert {"core", "llm"} <= {item["name"] for item in record["plugins"]}
+    assert record["ops"]["attention"]["reason"] and record["hardware"]["backend"] == prepared.backend.name
+    other = validate.prepare(recipe_load.load("r.yaml", ["run.steps=3"], plugins), plugins)
+    with pytest.raises(RunError, match="Rank 0 has not written"):
+        run_folder.wait_for(other, seconds=0.3)

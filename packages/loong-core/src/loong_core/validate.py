@@ -80,7 +80,7 @@ def prepare(loaded: LoadedRecipe, registry: Registry, worker: bool = False, purp
     if policy is not None and chosen is not None:
         findings.absorb("precision", _capability_problems(policy, chosen.backend))
     _check_source(recipe, registry, findings, purpose)
-    model = find_model(recipe, registry, findings, tensors=purpose != "worker")
+    model = find_model(recipe, registry, findings, purpose)
     task = _find_task(recipe, model, registry, findings)
     _check_names(recipe, registry, findings)
     if purpose == "train" and (problem := run_folder.name_problem(recipe.run.name)):
@@ -131,7 +131,7 @@ def _plan(
         "ops", lambda: ops.choose(registry.ops(), request, _known(recipe, registry), capabilities)
     )
     findings.raise_any()
-    if task is None:
+    if task is None or choices is None:
         findings.raise_all()
     return Prepared(
         recipe=resolve_recipe(recipe, plan, cluster, choices),

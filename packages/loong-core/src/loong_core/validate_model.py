@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from loong_core.errors import CheckpointError, RecipeError, Unsupported
+from loong_core.errors import CheckpointError, RecipeError, Unsupported, UserError
 from loong_core.findings import Findings
 from loong_core.recipe import Recipe, TrainTokenizer
 from loong_core.recipe_load import load_file
 from loong_core.registry import Registry, resolve
 from loong_core.suggest import did_you_mean
-from loong_core.types import CheckpointFormat, ModelFamily, ModelShape
+from loong_core.types import ModelFamily, ModelShape
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _CONVERT = (
@@ -35,19 +35,33 @@ class Model:
     notes: tuple[str, ...] = ()
 
 
-def find_model(recipe: Recipe, registry: Registry, findings: Findings, tensors: bool) -> Model | None:
-    """The model of a recipe, or None with the problems collected. `tensors`: also check the weight files' headers."""
+def find_model(recipe: Recipe, registry: Registry, findings: Findings, purpose: str) -> Model | None:
+    """The model of a recipe, or None with the problems collected.
+
+    To `train`, the weight files have to be sound; to `plan`, a config.json is enough, and what is wrong with the files
+    is noted; a `worker` does not look at them again.
+    """
     section = recipe.model
     named = findings.attempt("model.family", lambda: _named(section.family, registry))
-    if section.weights is not None and tensors:
-        findings.absorb("model.weights", weights_problems(section.weights, registry))
+    notes: list[str] = []
+    damage: list[str] = []
+    if section.weights is not None and purpose != "worker":
+        damage = weights_problems(section.weights, registry)
+    if purpose == "train":
+        findings.absorb("model.weights", damage)
+    else:
+        notes += [f"model.weights: {text} `loong train` will refuse them." for text in damage]
     if section.family is not None and named is None:
         return None
     key = "model.weights" if section.weights is not None else "model.config"
-    notes: list[str] = []
     config: dict[str, Any] | None = None
-    with findings.at(key):
+    try:
         config = _config(recipe, named, registry, findings)
+    except CheckpointError as error:
+        if not damage or purpose != "train":
+            findings.absorb(key, error.problems)
+    except UserError as error:
+        findings.absorb(key, error.problems)
     if config is None:
         return None
     family = named
@@ -73,14 +87,6 @@ def weights_problems(path: Path, registry: Registry) -> list[str]:
         if resolve(candidate.claims, candidate.name)(path):
             return [str(problem) for problem in resolve(candidate.check, candidate.name)(path)]
     return [_unclaimed(path, registry)]
-
-
-def format_of(path: Path, registry: Registry) -> CheckpointFormat:
-    """The installed checkpoint format that recognises `path`. Raises CheckpointError when none does."""
-    for candidate in registry.table("checkpoint_formats").values():
-        if resolve(candidate.claims, candidate.name)(path):
-            return candidate
-    raise CheckpointError(_unclaimed(path, registry))
 
 
 def _unusable_folder(path: Path) -> str:
@@ -135,8 +141,8 @@ def _config(
                 f"{given!r} is not allowed together with model.weights, which bring their own config.json. Allowed: a "
                 "mapping of keys to replace in it, or null.",
             )
-        base = _config_of_weights(weights, registry) if not _unusable_folder(weights) else None
-        return None if base is None else {**base, **(given if isinstance(given, dict) else {})}
+        base = _config_of_weights(weights, registry)
+        return {**base, **(given if isinstance(given, dict) else {})}
     if isinstance(given, dict):
         return dict(given)
     if given is not None:
@@ -157,7 +163,9 @@ def _how_to_name(family: ModelFamily | None, registry: Registry) -> str:
     )
 
 
-def _config_of_weights(weights: Path, registry: Registry) -> dict[str, Any] | None:
+def _config_of_weights(weights: Path, registry: Registry) -> dict[str, Any]:
+    if problem := _unusable_folder(weights):
+        raise CheckpointError(problem)
     if (weights / "config.json").is_file():
         return read_config(weights / "config.json")
     if (weights / "recipe.yaml").is_file():
@@ -166,8 +174,8 @@ def _config_of_weights(weights: Path, registry: Registry) -> dict[str, Any] | No
         if isinstance(saved.config, str):
             return _config_named(saved.config, family, registry)
         base = _config_of_weights(saved.weights, registry) if saved.weights is not None else {}
-        return None if base is None else {**base, **(saved.config or {})}
-    return None
+        return {**base, **(saved.config or {})}
+    raise CheckpointError(_unclaimed(weights, registry))
 
 
 def _config_named(given: str, family: ModelFamily | None, registry: Registry) -> dict[str, Any]:
