@@ -7,6 +7,7 @@ import sys
 import types
 
 import pytest
+
 from loong_core.testing import Contract
 
 

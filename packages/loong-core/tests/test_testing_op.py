@@ -6,11 +6,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
+
 from loong_core import ops_reference
 from loong_core.testing import OpContract
 from loong_core.testing.op import error, poisoned_memory, scattered
 from loong_core.testing.op_cases import CASES, OpCase
-from torch import Tensor
 
 
 def right(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from loong_core import hookspecs
 from loong_core.testing import PluginContract
 from loong_core.testing.plugin import names_of, references_of, signature_problems
@@ -84,7 +85,12 @@ def test_signatures_are_compared_by_meaning() -> None:
 
 def test_fields_are_read_from_the_descriptor() -> None:
     backend = Backend(
-        name="a", device_type="cpu", collective="gloo", probe="m:p", setup="m:s", layer_provider="m:l",
+        name="a",
+        device_type="cpu",
+        collective="gloo",
+        probe="m:p",
+        setup="m:s",
+        layer_provider="m:l",
         capabilities=frozenset({"bf16"}),
     )
     assert references_of(backend) == ["m:p", "m:s", "m:l"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import pytest
+
 from loong_core.testing import BackendContract
 
 CONFIG: dict[str, Any] = {

@@ -92,7 +92,9 @@ def name_problems(name: str) -> list[str]:
         ]
     taken = {point.name for point in entry_points(group="loong")} | {"core"}
     if name in taken:
-        return [f"name = {name!r}: a plugin of this name is installed (taken: {', '.join(sorted(taken))}). Choose another."]
+        return [
+            f"name = {name!r}: a plugin of this name is installed (taken: {', '.join(sorted(taken))}). Choose another."
+        ]
     if importlib.util.find_spec(f"loong_{name}") is not None:
         return [f"name = {name!r}: a module loong_{name} is installed already. Choose another name."]
     return []

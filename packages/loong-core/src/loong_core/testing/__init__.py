@@ -1,4 +1,4 @@
-"""Contract suites: subclass one in a test file, set its attributes, and pytest runs what every plugin of that kind owes.
+"""Contract suites: subclass one in a test file, set its attributes, and pytest runs what every such plugin owes.
 
     from loong_core.testing import FamilyContract
 

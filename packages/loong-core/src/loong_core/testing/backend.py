@@ -144,13 +144,12 @@ def exercise(recipe: Mapping[str, Any], folder: str, capabilities: Mapping[str, 
         losses.append(engine.forward_backward(tiny.batches(run), step)["loss"])
         norm = engine.step(run.recipe.optim.lr)
     still = [p.spec.role for p in engine.parameters() if bool((p.tensor == before[p.spec.role]).all())]
+    shown = {name: _shown(name, ref, run) for name, ref in capabilities.items()}
     return {
         "device": run.device,
         "parameter_devices": devices,
         "provider": provider_problems(resolve(run.backend.layer_provider)(run.ops)),
-        "capabilities": [
-            f"{name}: {problem}" for name, ref in capabilities.items() if (problem := _shown(name, ref, run)) is not None
-        ],
+        "capabilities": [f"{name}: {problem}" for name, problem in shown.items() if problem is not None],
         "losses": losses,
         "norm": norm,
         "still": still,

@@ -20,8 +20,8 @@ class Contract:
             inherited = any(name in vars(base) for base in cls.__mro__[1:] if issubclass(base, Contract))
             if name.startswith("test_") and inherited and not _expected_to_fail(value):
                 raise TypeError(
-                    f"{cls.__qualname__}.{name} overrides a test of the contract. Keep the contract's test, or mark the "
-                    'new one @pytest.mark.xfail(reason="..."), so that every report shows what is not kept and why.'
+                    f"{cls.__qualname__}.{name} overrides a test of the contract. Keep the contract's test, or mark "
+                    'the new one @pytest.mark.xfail(reason="..."), so that every report shows what is not kept and why.'
                 )
         missing = [name for name in cls.required if not hasattr(cls, name)]
         if cls.__name__.startswith("Test") and missing:

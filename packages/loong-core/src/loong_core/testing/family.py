@@ -242,9 +242,9 @@ def _measure(rank: int, suite: type[FamilyContract], folder: Path) -> dict[str, 
     run, engine = tiny.start(_recipe(suite, folder), folder)
     reference, batch = load_file(folder / "reference.safetensors"), _batch(run.shape.vocabulary)
     with torch.no_grad():
-        engine.modules[0].eval()
-        logits = engine.modules[0](batch)[..., : run.shape.vocabulary]
-        engine.modules[0].auxiliary_losses()
+        model: Any = engine.modules[0].eval()
+        logits = model(batch)[..., : run.shape.vocabulary]
+        model.auxiliary_losses()  # read, as the engine does after every forward
     loss = engine.forward_backward([batch], 0)["loss"]
     gradients = {name.removeprefix("gradient "): tensor for name, tensor in reference.items() if " " in name}
     return {
@@ -312,7 +312,11 @@ def _export_problems(run: Any, engine: Any, folder: Path) -> list[str]:
     problems = [f"{name} is in one of the two only" for name in sorted(set(before) ^ set(after))]
     for name in sorted(set(before) & set(after)):
         one, two = before[name], after[name]
-        if one.dtype != two.dtype or one.shape != two.shape or not torch.equal(one.view(torch.uint8), two.view(torch.uint8)):
+        if (
+            one.dtype != two.dtype
+            or one.shape != two.shape
+            or not torch.equal(one.view(torch.uint8), two.view(torch.uint8))
+        ):
             problems.append(f"{name} differs")
     if (folder / "hf" / "config.json").read_bytes() != (folder / "export" / "config.json").read_bytes():
         problems.append("config.json differs")

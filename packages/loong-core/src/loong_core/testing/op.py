@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 
 class OpContract(Contract):
-    """Set `op` and `implementation`. `backend` and `device` are where it runs; `dtypes` are tried where it supports them.
+    """Set `op` and `implementation`. `backend` and `device` are where it runs; of `dtypes` those are tried that it
+    supports.
 
     The measure is the declaration's: largest |difference| / largest |definition in float64|, per tensor.
     """
@@ -122,7 +123,9 @@ class OpContract(Contract):
         degrees = dict.fromkeys(("tp", "pp", "cp", "ep", "etp", "dp"), 1)
         return OpRequest(backend=self.backend, dtype=dtype, degrees=degrees, fields={})
 
-    def _run(self, case: OpCase, tensors: dict[str, Tensor], only: str | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    def _run(
+        self, case: OpCase, tensors: dict[str, Tensor], only: str | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         inputs = {name: tensor.detach().requires_grad_(only in (None, name)) for name, tensor in tensors.items()}
         output = case.call(self.function, inputs)
         return output.detach(), _gradients(output, inputs)
@@ -169,7 +172,9 @@ def scattered(tensor: Tensor) -> Tensor:
     import torch
 
     order = list(reversed(range(tensor.dim())))
-    base = torch.full((*(tensor.shape[dim] for dim in order), 2), float("nan"), dtype=tensor.dtype, device=tensor.device)
+    base = torch.full(
+        (*(tensor.shape[dim] for dim in order), 2), float("nan"), dtype=tensor.dtype, device=tensor.device
+    )
     view = base[..., 0].permute(order)
     view.copy_(tensor)
     return view

@@ -1,4 +1,4 @@
-"""The contract of a parallel planner: `plan` is pure and says everything that is wrong; layouts train the same model."""
+"""The contract of a parallel planner: `plan` is pure and reports all that is wrong; layouts train the same model."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Impossible(NamedTuple):
 
 
 class PlannerContract(Contract):
-    """Set `planner`, and a `family` with a tiny `config` (a config.json) that every entry of `layouts` fits on two ranks.
+    """Set `planner`, and a `family` with a tiny `config` (a config.json) that fits every layout on two ranks.
 
     `layouts` are `parallel` sections; `impossible` are requests that must be refused by name, the first two of them
     also in one recipe (so neither may hide the other).

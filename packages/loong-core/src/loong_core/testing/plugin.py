@@ -163,9 +163,8 @@ def signature_problems(spec: Any, implementation: Any) -> list[str]:
                 f"the spec says {_plain(wanted.parameters[name].annotation)}"
             )
     if not _agree(wanted.return_annotation, given.return_annotation):
-        problems.append(
-            f"it is annotated to return {_plain(given.return_annotation)}, the spec says {_plain(wanted.return_annotation)}"
-        )
+        told, asked = _plain(given.return_annotation), _plain(wanted.return_annotation)
+        problems.append(f"it is annotated to return {told}, the spec says {asked}")
     return problems
 
 

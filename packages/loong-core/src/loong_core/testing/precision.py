@@ -57,7 +57,9 @@ class PrecisionContract(Contract):
         import torch
 
         named = {name: getattr(self.descriptor(), name) for name in DTYPES}
-        wrong = {name: value for name, value in named.items() if not isinstance(getattr(torch, value, None), torch.dtype)}
+        wrong = {
+            name: value for name, value in named.items() if not isinstance(getattr(torch, value, None), torch.dtype)
+        }
         assert not wrong, f"no torch dtypes: {wrong}"
 
     def test_missing_capability_is_named(self, tmp_path: Path) -> None:

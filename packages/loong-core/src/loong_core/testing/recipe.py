@@ -53,7 +53,9 @@ class RecipeContract(Contract):
 
     def test_recipe_names_no_place_of_its_author(self, recipe: Path) -> None:
         """Its own paths are relative, or plain examples that stand for the user's data."""
-        absolute = [text for text in _texts(yaml.safe_load(recipe.read_text("utf-8"))) if text.startswith(("/home", "~"))]
+        absolute = [
+            text for text in _texts(yaml.safe_load(recipe.read_text("utf-8"))) if text.startswith(("/home", "~"))
+        ]
         assert not absolute, f"paths of one person's machine: {absolute}"
 
     def test_recipe_plans(self, recipe: Path) -> None:
