@@ -132,6 +132,15 @@ def test_every_text_is_escaped(tmp_path: Path) -> None:
     assert EVIL in checker.texts
 
 
+def test_names_in_the_charts_data_cannot_end_the_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from loong_core.train.plot import Chart, Series
+
+    chart = Chart(title="T", series=(Series(name="</script>", x=[1, 2], y=[1.0, 2.0]),))
+    monkeypatch.setattr(report, "charts", lambda rows: [chart])
+    page = fill(tmp_path, rows(2))
+    assert hover(page)[0]["series"][0]["name"] == "</script>" and checked(page).tags.count("script") == 2
+
+
 def test_a_run_without_anything(tmp_path: Path) -> None:
     report.write(tmp_path)
     text = "".join(checked((tmp_path / "report.html").read_text()).texts)

@@ -127,7 +127,7 @@ def read(path: Path) -> list[Metrics]:
                 found = json.loads(line)
             except ValueError:
                 continue
-            if isinstance(found, dict) and isinstance(found.get("step"), int) and line.endswith(b"\n"):
+            if isinstance(found, dict) and isinstance(found.get("step"), int):
                 rows.append(found)
     return rows
 
@@ -172,8 +172,8 @@ def open_metrics(path: Path, step: int) -> JsonLines:
             found = json.loads(line)
         except ValueError:
             continue
-        if line.endswith(b"\n") and isinstance(found, dict) and found.get("step", step + 1) <= step:
-            kept.append(line)
+        if isinstance(found, dict) and found.get("step", step + 1) <= step:
+            kept.append(line.rstrip(b"\n") + b"\n")
     if b"".join(kept) != old:
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         with temporary.open("wb") as file:
