@@ -60,7 +60,7 @@ def test_planning_imports_no_tensor_library() -> None:
 )
 def test_every_command_has_help_with_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run([command, "--help"]) == 0
-    text = capsys.readouterr().out
+    text = " ".join(capsys.readouterr().out.split())
     assert "Example" in text and f"loong {command}" in text
     if command in ("train", "plan"):
         assert "[overrides]" in text
