@@ -19,4 +19,4 @@ POLICIES: tuple[PrecisionPolicy, ...] = (
         summary="bfloat16 parameters and activations; gradients, master weights and AdamW's moments in 32 bits.",
     ),
 )
-"""What the core provides. fp32 matmuls stay fp32: TF32 is off unless a policy says otherwise."""
+"""What the core provides. fp32 means 32 bits in matmuls too: the cuda backend switches TF32 off."""

@@ -14,6 +14,8 @@ ENVIRONMENT = {
     "CUDA_DEVICE_MAX_CONNECTIONS": "1",
     # Device N is the same device in every tool that lists them.
     "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+    # Transformer Engine multiplies fp32 in TF32; `precision: fp32` means 32 bits.
+    "NVIDIA_TF32_OVERRIDE": "0",
     # Growing segments instead of fixed blocks: packed rows of varying layout would fragment the allocator's cache.
     "PYTORCH_ALLOC_CONF": "expandable_segments:True",
 }

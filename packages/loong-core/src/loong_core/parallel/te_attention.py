@@ -31,7 +31,7 @@ def supports(request: OpRequest) -> str | None:
 
 
 class _Packing(NamedTuple):
-    """Where sequences begin in the flattened [b*s] tokens: int32 [n+1], the longest one, and which rows are padding."""
+    """Where sequences begin in the flattened [b*s] tokens: int32 [n+1], a bound of the longest, and which rows are padding."""
 
     offsets: Tensor
     longest: int
@@ -123,4 +123,6 @@ def packing_of(segments: Tensor) -> _Packing:
     begin = starts.flatten().nonzero().squeeze(-1)
     offsets = torch.cat([begin, begin.new_tensor([segments.numel()])]).to(torch.int32)
     longest = int((offsets[1:] - offsets[:-1]).max())
+    # An upper bound will do, and kernels are planned per value: rounded up, few values occur.
+    longest = min(max(1 << (longest - 1).bit_length(), 64), segments.shape[1])
     return _Packing(offsets, longest, (segments == PADDING).t().unsqueeze(-1))
