@@ -6,6 +6,7 @@ Saving lays out the files beforehand (`export.py`), so that every rank writes it
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,8 +19,11 @@ from loong_ckpt.source import companions, source_of
 from loong_core.errors import CheckpointError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from loong_core.train.engine import Engine
     from loong_core.train.run import Run
+    from loong_core.types import ParameterSpec
 
 __all__ = ["check", "claims", "load", "save"]
 
@@ -121,7 +125,7 @@ def _write_tensors(temporary: Path, plan: ExportPlan, run: Run, engine: Engine, 
                 continue
             written.append(parameter.spec.role)
             if problem is None:
-                problem = ranks.attempt(lambda spec=parameter.spec, full=full: _put(writer, spec, full, final))
+                problem = ranks.attempt(partial(_put, writer, parameter.spec, full, final))
         if problem is None:
             problem = ranks.attempt(lambda: _flush(writer, final))
     ranks.agree(problem, run)
@@ -132,9 +136,9 @@ def _write_tensors(temporary: Path, plan: ExportPlan, run: Run, engine: Engine, 
         )
 
 
-def _put(writer: TensorWriter, spec: object, full: object, final: Path) -> None:
+def _put(writer: TensorWriter, spec: ParameterSpec, full: Tensor, final: Path) -> None:
     with files.explained("The export", final):
-        writer.put(spec, full)  # type: ignore[arg-type]
+        writer.put(spec, full)
 
 
 def _flush(writer: TensorWriter, final: Path) -> None:

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 from loong_ckpt import files
 from loong_ckpt.hf_folder import read_json
@@ -18,7 +18,6 @@ MANIFEST = "manifest.json"
 VERSION = 1
 CHUNK_BYTES = 4_000_000
 THREADS = 4
-Item, Result = TypeVar("Item"), TypeVar("Result")
 
 
 class FileHash(NamedTuple):
@@ -113,7 +112,7 @@ def _difference(path: Path, promised: FileHash, hashed: bool) -> str:
     return ""
 
 
-def _in_threads(function: Callable[[Item], Result], items: list[Item]) -> list[Result]:
+def _in_threads[Item, Result](function: Callable[[Item], Result], items: list[Item]) -> list[Result]:
     """`function` over `items` in order; hashing releases the interpreter's lock."""
     if len(items) < 2:
         return [function(item) for item in items]
