@@ -31,7 +31,7 @@ def supports(request: OpRequest) -> str | None:
 
 
 class _Packing(NamedTuple):
-    """Where sequences begin in the flattened [b*s] tokens: int32 [n+1], a bound of the longest, and which rows are padding."""
+    """Where sequences begin in the flattened [b*s] tokens: int32 [n+1], a bound of the longest, what is padding."""
 
     offsets: Tensor
     longest: int
