@@ -59,7 +59,8 @@ def number(value: float) -> str:
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
     """Round numbers in [low, high], about `count` of them."""
     span = high - low
-    if span <= 0 or not math.isfinite(span):
+    # Below this span neighbouring ticks would be written alike, and their indices would not be exact.
+    if not math.isfinite(span) or span <= 1e-9 * max(abs(low), abs(high)):
         return [low]
     rough = span / count
     power = 10.0 ** math.floor(math.log10(rough))
