@@ -44,6 +44,15 @@ def test_held_out_and_training_samples_are_disjoint_and_complete(sizes: list[int
         assert not set(documents[train].tolist()) & set(documents[held].tolist())
 
 
+def test_whole_documents_are_held_out_where_there_are_enough_of_them() -> None:
+    documents = np.repeat(np.arange(25), 4)
+    train, held = split_held_out(documents, 0.1, 0)
+    assert len(held) == 12
+    assert not set(documents[train].tolist()) & set(documents[held].tolist())
+    few = np.repeat(np.arange(2), 50)
+    assert len(split_held_out(few, 0.1, 0)[1]) == 10
+
+
 def test_the_held_out_share_is_about_what_was_asked_for() -> None:
     documents = np.arange(10_000)
     assert len(split_held_out(documents, 0.01, 0)[1]) == 100

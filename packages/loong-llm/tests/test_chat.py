@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from loong_core.data.rows import RowError
@@ -73,6 +73,9 @@ def tokenizer() -> Any:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(SPECIAL)
+    backend.post_processor = processors.TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", backend.token_to_id("<|endoftext|>"))]
+    )
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
 
 
@@ -145,14 +148,13 @@ def test_a_prompt_that_opens_a_thinking_block(tokenizer: Any) -> None:
     assert learned(tokenizer, PROMPT_THINKS, messages) == ["one<|im_end|>", "two<|im_end|>"]
 
 
-def test_marker_search_does_not_run_into_the_next_turn(tokenizer: Any) -> None:
+def test_a_template_that_ignores_the_generation_prompt(tokenizer: Any) -> None:
     template = (
         "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
         "{{ m.content.split('</think>')[-1] if not loop.last else m.content }}{{ '\n' }}{% endfor %}"
     )
     messages = talk("1?", "<think>hm</think>one", "2?", "two")
-    assert learned(tokenizer, template, messages)[0].startswith("one")
-    assert "2?" not in "".join(learned(tokenizer, template, messages))
+    assert learned(tokenizer, template, messages) == ["one\n", "two\n"]
 
 
 def test_templates_that_refuse_incomplete_conversations(tokenizer: Any) -> None:
@@ -163,6 +165,19 @@ def test_templates_that_refuse_incomplete_conversations(tokenizer: Any) -> None:
 
 def test_a_template_without_special_tokens(tokenizer: Any) -> None:
     assert learned(tokenizer, PLAIN, talk("a", "b c", "d", "e")) == [" b c\n", " e\n"]
+
+
+def test_tool_calls_of_a_rewritten_turn_count(tokenizer: Any) -> None:
+    template = STRIPS_THINKING.replace(
+        "{{ '<|im_end|>\n' }}{% endfor %}",
+        "{% if m.tool_calls %}{{ '<call>' + m.tool_calls[0].name }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}",
+    )
+    call = {"role": "assistant", "content": "<think>\nhm\n</think>\n\nwait", "tool_calls": [{"name": "now"}]}
+    messages = [{"role": "user", "content": "1?"}, call, *talk("2?", "two")]
+    assert learned(tokenizer, template, messages) == [
+        "wait<call>now<|im_end|>",
+        "<think>\n\n</think>\n\ntwo<|im_end|>",
+    ]
 
 
 def test_tool_calls_count(tokenizer: Any) -> None:

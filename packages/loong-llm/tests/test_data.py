@@ -103,6 +103,10 @@ def test_pieces_of_a_long_document_continue_across_the_cut(length: int, seq_len:
     assert [len(tokens) for tokens, _ in samples[:-1]] == [seq_len] * (len(samples) - 1)
 
 
+def test_a_last_piece_with_nothing_to_predict_is_left_out() -> None:
+    assert lists(encoder(seq_len=2, source="text")(row(input_ids=[1, 2, 3]))) == [([1, 2], [2, 3])]
+
+
 def test_long_rows_of_a_table_are_errors_unless_asked_otherwise() -> None:
     ids = {"input_ids": [1, 2, 3, 4, 5]}
     with pytest.raises(RowError, match=r"is 5 tokens, longer than data\.seq_len = 3; task\.options\.long_rows"):
@@ -121,6 +125,7 @@ def test_long_rows_of_a_table_are_errors_unless_asked_otherwise() -> None:
         ({"input_ids": "12"}, "`input_ids` is of type str"),
         ({"input_ids": [1.5, 2]}, "not a list of whole numbers"),
         ({"input_ids": [True, False]}, "not a list of whole numbers"),
+        ({"input_ids": [1, True]}, "not a list of whole numbers"),
         ({"input_ids": [[1], [2]]}, "not a list of whole numbers"),
         ({"input_ids": [[1], [2, 3]]}, "not a list of whole numbers"),
         ({"input_ids": [1, None]}, "not a list of whole numbers"),

@@ -106,22 +106,35 @@ def test_held_out_data_of_its_own(tmp_path: Path) -> None:
     stream.close()
 
 
-def test_other_ranks_wait_for_the_first(tmp_path: Path) -> None:
+def test_other_ranks_wait_for_the_first_and_build_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from loong_core.data import tokenizer
+
     (tmp_path / "a.txt").write_text("the quick brown fox " * 9)
     made = recipe(tmp_path, tmp_path / "a.txt", source="text", tokenizer={"train": 270})
+    builders: list[str] = []
     found: list[str] = []
 
-    def wait() -> None:
-        found.append(prepare(made, tmp_path / "run", rank=1).train.content)
+    def watched(original: Any) -> Any:
+        def call(*arguments: Any, **named: Any) -> Any:
+            builders.append(threading.current_thread().name)
+            return original(*arguments, **named)
 
-    waiting = threading.Thread(target=wait)
+        return call
+
+    monkeypatch.setattr(preparation.caches, "build", watched(preparation.caches.build))
+    monkeypatch.setattr(tokenizer, "train", watched(tokenizer.train))
+    waiting = threading.Thread(
+        target=lambda: found.append(prepare(made, tmp_path / "run", rank=1).train.content), name="other rank"
+    )
     waiting.start()
     waiting.join(timeout=0.5)
+    tokenizer.train(iter(["the quick brown fox "]), 270, tmp_path / "run" / "tokenizer")
+    waiting.join(timeout=0.5)
     assert waiting.is_alive()
-    assert not (tmp_path / "runs").exists()
     expected = prepare(made, tmp_path / "run", rank=0).train.content
     waiting.join(timeout=60)
     assert found == [expected]
+    assert set(builders) == {"MainThread"}
 
 
 def test_nothing_to_read(tmp_path: Path) -> None:

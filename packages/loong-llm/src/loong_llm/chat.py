@@ -24,13 +24,10 @@ _SHOWN = 240
 
 
 class Span(NamedTuple):
-    """Characters of the rendered text that the assistant says. `open`: its end-of-turn token follows the span and
-    belongs to it, if one comes before character `limit`."""
+    """Characters of the rendered text that the assistant says, with the end of its turn."""
 
     begin: int
     end: int
-    open: bool = False
-    limit: int = 0
 
 
 class Chat:
@@ -123,32 +120,40 @@ class Chat:
         return texts[0], spans[-1:] if self.last_turn_only else spans
 
     def _between_prefixes(self, text: str, conversation: Conversation, turn: int) -> Span | None:
-        """From the end of the prompt for a turn to the end of the conversation up to it, where both begin `text`."""
+        """From the end of the prompt for a turn to the end of the conversation up to it, where both begin `text`.
+
+        A template that ignores `add_generation_prompt` but writes a header leaves it in between: then the turn begins
+        with its content.
+        """
         before, upto = (conversation._replace(messages=conversation.messages[:end]) for end in (turn, turn + 1))
         try:
-            begin = self.render(before, prompt=True)
+            prompt = self.render(before, prompt=True)
+            without = self.render(before)
             end = text if len(upto.messages) == len(conversation.messages) else self.render(upto)
         except Exception:  # templates refuse incomplete conversations in many ways
             return None
-        fits = text.startswith(end) and end.startswith(begin) and len(end) > len(begin)
-        return Span(len(begin), len(end)) if fits else None
+        if not (text.startswith(end) and end.startswith(prompt) and len(end) > len(prompt)):
+            return None
+        begin = len(prompt)
+        if prompt == without and (marked := self._by_marker(text, conversation, turn)) is not None:
+            begin = marked.begin if text[begin : marked.begin].strip() else begin
+        return Span(begin, len(end))
 
     def _by_marker(self, text: str, conversation: Conversation, turn: int) -> Span | None:
-        """What stands where a marker appears that is put in place of the turn's content."""
+        """What stands where a marker appears that is put in place of the turn's content, and what the template writes
+        after a marker that ends the conversation: the end of the turn."""
         messages: list[Message] = list(conversation.messages)
         messages[turn] = {**messages[turn], "content": _MARKER}
         try:
             before, *after = self.render(conversation._replace(messages=messages)).split(_MARKER)
+            _, *trailer = self.render(conversation._replace(messages=messages[: turn + 1])).split(_MARKER)
         except Exception:
             return None
-        if len(after) != 1 or len(before) + len(after[0]) > len(text):
+        if len(after) != 1 or len(trailer) != 1 or len(before) + len(after[0]) > len(text):
             return None
-        if not (text.startswith(before) and text.endswith(after[0])):
+        if not (text.startswith(before) and text.endswith(after[0]) and after[0].startswith(trailer[0])):
             return None
-        end = len(text) - len(after[0])
-        following = conversation.messages[turn + 1]["content"] if turn + 1 < len(messages) else ""
-        limit = text.find(following.strip(), end) if following.strip() else len(text)
-        return Span(len(before), end, open=True, limit=limit if limit >= 0 else len(text))
+        return Span(len(before), len(text) - len(after[0]) + len(trailer[0]))
 
     def _mask(self, text: str, spans: Sequence[Span], tokens: np.ndarray, offsets: np.ndarray) -> np.ndarray:
         special = np.isin(tokens, list(self.special))
@@ -158,10 +163,7 @@ class Chat:
             if len(inside) == 0:
                 continue
             first, last = int(inside[0]), int(inside[-1])
-            if span.open:
-                ends = np.flatnonzero(special & (offsets[:, 0] >= span.end) & (offsets[:, 1] <= span.limit))
-                last = int(ends[0]) if len(ends) else last
-            elif not self.tagged:
+            if not self.tagged:
                 last = _without_separator(text, offsets, special, first, last)
             mask[first : last + 1] = True
         return mask
