@@ -323,3 +323,22 @@ def test_a_misspelt_key_does_not_cause_a_second_complaint(train: Train) -> None:
     recipe = {**RECIPE, "model": {"wieghts": "hf"}}
     code, problems = train(recipe=recipe)
     assert code == 2 and len(problems) == 1 and "Did you mean `weights`" in problems[0], problems
+
+
+def test_after_bad_rows_the_corrected_data_is_not_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The real data step: it trains a tokenizer into the run folder before it meets the bad row."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID", "LOONG_PLUGINS", "LOONG_PLUGIN_FILES", "LOONG_DEBUG"):
+        monkeypatch.delenv(name, raising=False)
+    launched: list[Path] = []
+    monkeypatch.setattr("loong_core.launch.launch", lambda path, *_: launched.append(path) or 0)
+    Path("r.yaml").write_text(yaml.safe_dump(RECIPE))
+    Path("data.jsonl").write_text('{"text": "hello"}\n{"text": 5}\n')
+    assert cli.run(["train", "r.yaml"]) == 2
+    assert "data.jsonl:2" in capfd.readouterr().err
+    assert not Path("runs/demo").exists() and not launched
+    Path("data.jsonl").write_text('{"text": "hello"}\n{"text": "world"}\n')
+    assert cli.run(["train", "r.yaml"]) == 0
+    assert launched == [tmp_path / "runs" / "demo" / "recipe.yaml"]

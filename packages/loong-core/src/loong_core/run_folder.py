@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from loong_core.validate import Prepared
 
 RECIPE, PLAN, MANIFEST = "recipe.yaml", "plan.json", "manifest.json"
+TOKENIZER = "tokenizer"
 _IDENTITY = ("model", "task", "data", "precision", "run.seed")
 _MAY_CHANGE = ("data.micro_batch", "data.eval", "data.cache")
 LIBRARIES = ("torch", "megatron-core", "transformer-engine", "transformers", "tokenizers", "safetensors", "numpy")
@@ -95,17 +97,21 @@ def create(prepared: Prepared, registry: Registry) -> Path:
 
 
 def discard(folder: Path) -> None:
-    """Take back what `create` wrote into a folder that was new, when nothing was started; other files stay."""
+    """Take back what `create` and the data step wrote into a folder that was new, when no worker was started.
+
+    Otherwise the corrected recipe would be refused as another run. Files of anybody else, and logs with text, stay.
+    """
     for name in (RECIPE, PLAN, MANIFEST):
         (folder / name).unlink(missing_ok=True)
-    for path in (*sorted((folder / "logs").glob("*")),):
+    for path in folder.glob(f"*{TOKENIZER}*"):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+    for path in sorted((folder / "logs").glob("*")):
         if path.is_file() and not path.stat().st_size:
             path.unlink()
     for path in (folder / "logs", folder):
-        try:
+        if path.is_dir() and not any(path.iterdir()):
             path.rmdir()
-        except OSError:
-            return
 
 
 def write(path: Path, text: str) -> None:
