@@ -5,18 +5,15 @@ from __future__ import annotations
 import importlib.util
 import keyword
 import re
-import shutil
-import tempfile
-from importlib.metadata import entry_points
-from importlib.resources import files
-from importlib.resources.abc import Traversable
 from pathlib import Path
-from string import Template
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from loong_core.errors import UserError
+
+if TYPE_CHECKING:
+    from importlib.resources.abc import Traversable
 
 Kind = Literal["model", "backend", "plugin"]
 
@@ -26,7 +23,7 @@ SUFFIX = ".template"
 
 app = typer.Typer(
     no_args_is_help=True,
-    help="Write a plugin package whose tests pass. Example: loong new model acme",
+    help="Write a package whose tests pass.",
 )
 
 Name = Annotated[str, typer.Argument(help="Its name in recipes: lower case letters, digits and single underscores.")]
@@ -35,19 +32,34 @@ Folder = Annotated[Path | None, typer.Option(help="Folder to write; it must not 
 
 @app.command()
 def model(name: Name, folder: Folder = None) -> None:
-    """A model family that varies the LLaMA block. Example: loong new model acme"""
+    """Write a model family that varies the LLaMA block.
+
+    \b
+    Example:
+      loong new model acme
+    """
     _report("model", name, folder)
 
 
 @app.command()
 def backend(name: Name, folder: Folder = None) -> None:
-    """A hardware backend with a layer provider and an op of its own. Example: loong new backend acme_chip"""
+    """Write a hardware backend with a layer provider and an op of its own.
+
+    \b
+    Example:
+      loong new backend acme_chip
+    """
     _report("backend", name, folder)
 
 
 @app.command()
 def plugin(name: Name, folder: Folder = None) -> None:
-    """A plugin with a data source and its options. Example: loong new plugin acme_files --folder ~/acme"""
+    """Write a plugin with a data source and its options.
+
+    \b
+    Example:
+      loong new plugin acme_files --folder ~/acme
+    """
     _report("plugin", name, folder)
 
 
@@ -65,6 +77,11 @@ def create(kind: Kind, name: str, folder: Path | None = None) -> Path:
     Raises:
         UserError: the name is taken or malformed, or the folder exists already.
     """
+    # Imported here: this module is read whenever the command line starts.
+    import shutil
+    import tempfile
+    from importlib.resources import files
+
     problems = name_problems(name)
     target = (folder or Path(f"loong-{name.replace('_', '-')}")).expanduser()
     if target.exists():
@@ -90,6 +107,8 @@ def name_problems(name: str) -> list[str]:
             f"name = {name!r}: allowed are at most {LONGEST_NAME} lower case letters, digits and single underscores, a "
             "letter first, no Python keyword. For example: acme, acme_chip."
         ]
+    from importlib.metadata import entry_points
+
     taken = {point.name for point in entry_points(group="loong")} | {"core"}
     if name in taken:
         return [
@@ -117,6 +136,8 @@ def substitutions(name: str) -> dict[str, str]:
 
 def _write(source: Traversable, target: Path, words: dict[str, str]) -> None:
     """Copy a template folder; `__module__` in a folder's name and `$words` in a file are replaced."""
+    from string import Template
+
     target.mkdir()
     for entry in source.iterdir():
         name = entry.name.replace("__module__", words["module"])

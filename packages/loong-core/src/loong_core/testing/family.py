@@ -190,7 +190,7 @@ def _write_reference(rank: int, suite: type[FamilyContract], folder: Path) -> No
         config["architectures"] = [claimed[0]]
     path.write_text(json.dumps(config, indent=2))
 
-    batch = _batch(model.config.vocab_size)
+    batch = _batch(config)
     output = model(batch["tokens"], use_cache=False)
     loss = torch.nn.functional.cross_entropy(output.logits.flatten(0, 1), batch["targets"].flatten())
     if output.get("aux_loss") is not None:
@@ -215,15 +215,20 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
     return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
-def _batch(vocabulary: int) -> dict[str, Tensor]:
-    """One micro-batch; it depends on the vocabulary alone. Targets are random, one in five is not counted."""
+def _batch(config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """One micro-batch; it depends on the config.json alone. Targets are random, one in five is not counted.
+
+    No token is the padding token: no text contains it, and public embeddings give it no gradient.
+    """
     import torch
 
+    vocabulary, padding = config["vocab_size"], config.get("pad_token_id")
     generator = torch.Generator().manual_seed(5)
     shape = (tiny.GLOBAL_BATCH, tiny.SEQ_LEN)
     counted = torch.rand(shape, generator=generator) > 0.2
+    tokens = torch.randint(0, vocabulary, shape, generator=generator)
     return {
-        "tokens": torch.randint(0, vocabulary, shape, generator=generator),
+        "tokens": tokens if padding is None else torch.where(tokens == padding, (padding + 1) % vocabulary, tokens),
         "targets": torch.where(counted, torch.randint(0, vocabulary, shape, generator=generator), -100),
         "positions": torch.arange(tiny.SEQ_LEN).expand(shape).contiguous(),
     }
@@ -232,7 +237,7 @@ def _batch(vocabulary: int) -> dict[str, Tensor]:
 # ---------------------------------------------------------------------------------------------------- in loong
 def _loss(rank: int, recipe: Mapping[str, Any], folder: Path) -> float:
     run, engine = tiny.start(recipe, folder)
-    return engine.forward_backward([_batch(run.shape.vocabulary)], 0)["loss"]
+    return engine.forward_backward([_batch(run.config)], 0)["loss"]
 
 
 def _measure(rank: int, suite: type[FamilyContract], folder: Path) -> dict[str, Any]:
@@ -240,7 +245,7 @@ def _measure(rank: int, suite: type[FamilyContract], folder: Path) -> dict[str, 
     from safetensors.torch import load_file
 
     run, engine = tiny.start(_recipe(suite, folder), folder)
-    reference, batch = load_file(folder / "reference.safetensors"), _batch(run.shape.vocabulary)
+    reference, batch = load_file(folder / "reference.safetensors"), _batch(run.config)
     with torch.no_grad():
         model: Any = engine.modules[0].eval()
         logits = model(batch)[..., : run.shape.vocabulary]
