@@ -36,6 +36,12 @@ def test_bump_writes_version_and_changelog(copy: Path) -> None:
     assert release.check_tag(f"loong-ckpt-v{number}", copy) == "loong-ckpt"
 
 
+def test_a_first_release_keeps_its_version(copy: Path) -> None:
+    declared = release.version("loong-ckpt", copy)
+    assert release.bump("loong-ckpt", "current", copy) == declared
+    assert release.check_tag(f"loong-ckpt-v{declared}", copy) == "loong-ckpt"
+
+
 @pytest.mark.parametrize(
     ("tag", "says"),
     [("v0.1.0", "no release tag"), ("loong-ckpt-v9.9.9", "declares"), ("loong-nothing-v0.1.0", "no package named")],
