@@ -1,4 +1,4 @@
-"""Packages from outside, as a user has them: wheels in a clean environment, two that work beside two that are broken."""
+"""Packages from outside, as a user has them: wheels in a clean environment, two that work beside a broken one."""
 
 from __future__ import annotations
 
