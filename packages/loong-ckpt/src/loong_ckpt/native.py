@@ -140,7 +140,7 @@ def save(path: Path, run: Run, engine: Engine) -> None:
     else:
         problem = None
     ranks.agree(problem, run)
-    _write_state(run, engine, final, {}, run.step, _companions(run))
+    _write_state(run, engine, final, None, run.step, _companions(run))
 
     def finish() -> None:
         with files.explained("The checkpoint", final):
@@ -162,11 +162,11 @@ def _write_state(
     run: Run,
     engine: Engine,
     final: Path,
-    stream_state: Mapping[str, Any],
+    stream_state: Mapping[str, Any] | None,
     step: int,
     others: Mapping[str, bytes],
 ) -> None:
-    """Fill the temporary folder of `final` with everything but the manifest."""
+    """Fill the temporary folder of `final` with everything but the manifest. No `stream_state`: weights alone."""
     temporary = files.staging(final)
 
     def begin() -> None:
@@ -202,7 +202,7 @@ def _save_engine(engine: Engine, folder: Path, final: Path) -> None:
         ) from error
 
 
-def _write_description(run: Run, temporary: Path, stream_state: Mapping[str, Any], step: int) -> None:
+def _write_description(run: Run, temporary: Path, stream_state: Mapping[str, Any] | None, step: int) -> None:
     recipe = dump(run.recipe)
     (temporary / RECIPE).write_text(recipe)
     state = {
@@ -213,8 +213,8 @@ def _write_description(run: Run, temporary: Path, stream_state: Mapping[str, Any
         "family": run.family.name,
         "recipe_sha256": hashlib.sha256(recipe.encode()).hexdigest(),
         "plan": asdict(run.plan),
-        "resumable": bool(stream_state),
-        "data": dict(stream_state),
+        "resumable": stream_state is not None,
+        "data": dict(stream_state or {}),
     }
     (temporary / STATE).write_text(json.dumps(state, indent=1))
 
