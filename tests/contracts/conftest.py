@@ -39,9 +39,8 @@ class CleanEnvironment:
         return self.folder / "bin" / "python"
 
     def create(self) -> None:
-        """Make it: a few hundred links instead of gigabytes. pip comes along only where uv is absent."""
-        words = [sys.executable, "-m", "venv", *(["--without-pip"] if _uv() else []), str(self.folder)]
-        subprocess.run(words, check=True, capture_output=True)
+        """Make it: a few hundred links instead of gigabytes."""
+        subprocess.run([sys.executable, "-m", "venv", str(self.folder)], check=True, capture_output=True)
         links = self.folder / "links"
         links.mkdir()
         for site in {Path(sysconfig.get_path("purelib")), Path(sysconfig.get_path("platlib"))}:
@@ -76,28 +75,36 @@ class CleanEnvironment:
         if not wanted:
             return
         wheels = [str(self.wheel(project)) for project in wanted]
-        uv = _uv()
-        if uv:
-            words = [*uv, "pip", "install", "--python", str(self.python), "--no-deps", "--offline", *wheels]
-        else:
-            words = [str(self.python), "-m", "pip", "install", "--no-deps", "--no-index", *wheels]
+        words = [str(self.python), "-m", "pip", "install", "--no-deps", "--no-index", *wheels]
         result = subprocess.run(words, capture_output=True, text=True)
         assert result.returncode == 0, result.stdout + result.stderr
         self.installed.update(project.name for project in wanted)
 
     def run(self, *words: str, cwd: Path, timeout: float = 600, **environ: str) -> subprocess.CompletedProcess[str]:
         """Run a program of this environment (`python`, `loong`) and return what it printed, whatever its exit code."""
-        base = {name: value for name, value in os.environ.items() if name not in DROPPED}
-        base["PATH"] = f"{self.folder / 'bin'}{os.pathsep}{base.get('PATH', '')}"
         program = str(self.folder / "bin" / words[0])
         return subprocess.run(
             [program, *words[1:]],
             cwd=cwd,
-            env={**base, **SETTINGS, **environ},
+            env={**self.environ(), **environ},
             capture_output=True,
             text=True,
             timeout=timeout,
         )
+
+    def environ(self) -> dict[str, str]:
+        """The environment variables of its programs."""
+        base = {name: value for name, value in os.environ.items() if name not in DROPPED}
+        base["PATH"] = f"{self.folder / 'bin'}{os.pathsep}{base.get('PATH', '')}"
+        return {**base, **SETTINGS}
+
+    def add_programs(self, *names: str) -> None:
+        """Give linked libraries their command: a module of that name is run with this environment's interpreter."""
+        for name in names:
+            program = self.folder / "bin" / name
+            if not program.exists():
+                program.write_text(f'#!/bin/sh\nexec "{self.python}" -m {name} "$@"\n')
+                program.chmod(0o755)
 
     def check(self, *words: str, cwd: Path, timeout: float = 600, **environ: str) -> str:
         """As `run`; anything but exit code 0 fails the test with what was printed."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from importlib.metadata import Distribution, EntryPoint
 from pathlib import Path
@@ -101,6 +103,16 @@ def test_single_file_plugins(tmp_path: Path) -> None:
         assert plugins.load([], {"LOONG_PLUGIN_FILES": str(good)}).infos["my_own_plugin"].error is None
     finally:
         sys.modules.pop("my_own_plugin", None)
+
+
+def test_single_file_plugin_in_the_working_folder(tmp_path: Path) -> None:
+    """Workers are started with `python -m`, which puts the working folder, and so the file itself, on the path."""
+    (tmp_path / "here.py").write_text(GOOD.format(name="here"))
+    script = "from loong_core import plugins; print(plugins.load([]).infos['here'].reason() or 'loaded')"
+    words = [sys.executable, "-c", f"import sys; sys.path.insert(0, ''); {script}"]
+    environ = {**os.environ, "LOONG_PLUGIN_FILES": "here.py"}
+    result = subprocess.run(words, cwd=tmp_path, env=environ, capture_output=True, text=True)
+    assert result.stdout.strip() == "loaded", result.stdout + result.stderr
 
 
 def test_hook_calls_are_traced_on_request(module, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from loong_core import ops_reference
+from loong_core.errors import NotFound
 from loong_core.testing import OpContract
 from loong_core.testing.op import error, poisoned_memory, scattered
 from loong_core.testing.op_cases import CASES, OpCase
@@ -94,7 +95,7 @@ def test_wrong_numbers_are_named() -> None:
 
 
 def test_unknown_implementation_is_an_error() -> None:
-    with pytest.raises(KeyError, match="rms_norm.absent"):
+    with pytest.raises(NotFound, match=r"rms_norm.absent.*Installed: .*rms_norm.torch"):
         _ = type("Absent", (OpContract,), {"op": "rms_norm", "implementation": "absent"})().row
 
 

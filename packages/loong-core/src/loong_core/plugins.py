@@ -199,7 +199,9 @@ def _import_file(path: Path) -> ModuleType:
         raise PluginError(f"LOONG_PLUGIN_FILES names {path}, and there is no such file")
     if path.stem in sys.modules and getattr(sys.modules[path.stem], "__file__", None) == str(path.resolve()):
         return sys.modules[path.stem]
-    if importlib.util.find_spec(path.stem) is not None:
+    found = importlib.util.find_spec(path.stem)
+    # `python -m` puts the working folder on the path, where such a file usually lies: then it is found as itself.
+    if found is not None and (found.origin is None or Path(found.origin).resolve() != path.resolve()):
         raise PluginError(f"a module named {path.stem!r} exists already; rename {path}")
     spec = importlib.util.spec_from_file_location(path.stem, path.resolve())
     if spec is None or spec.loader is None:

@@ -51,7 +51,8 @@ class OpContract(Contract):
     @cached_property
     def row(self) -> OpImpl:
         """The implementation's own row."""
-        return Registry(load()).table("ops")[f"{self.op}.{self.implementation}"]
+        row: OpImpl = Registry(load()).get("ops", f"{self.op}.{self.implementation}")
+        return row
 
     @cached_property
     def function(self) -> Callable[..., Tensor]:
