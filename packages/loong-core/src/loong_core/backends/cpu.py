@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import sys
+from typing import Any, cast
 
 from loong_core.types import Backend, Probe
 
@@ -46,6 +48,9 @@ def setup(local_rank: int) -> str:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     # It warns that nvcc is here and no GPU is, whenever something imports it: true, and of no use to anybody here.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    # megatron-core takes their CUDA kernels for its optimizer wherever they can be imported.
+    for library in ("transformer_engine", "apex"):
+        sys.modules.setdefault(library, cast(Any, None))
     import torch
 
     from loong_core.backends import cpu_device

@@ -245,7 +245,8 @@ class MegatronEngine:
 
     # ------------------------------------------------------------------------------------- parameters
     def parameters(self) -> Iterable[LocalParameter]:
-        """This rank's parameters; tied copies only once."""
+        """This rank's parameters, up to date; tied copies only once."""
+        self._gather_parameters()
         return itertools.chain.from_iterable(cast(Any, module).local_parameters() for module in self.modules)
 
     def state_parameters(self) -> list[LocalParameter]:

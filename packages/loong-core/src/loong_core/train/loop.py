@@ -44,10 +44,8 @@ def train(run: Run, engine: Engine, data: Stream, checkpoints: Checkpoints, repo
 
 def evaluate(run: Run, engine: Engine, data: Stream) -> float:
     """Mean loss over the counted tokens of the held-out batches."""
-    section = run.recipe.data.eval
-    assert section is not None
     total = count = 0.0
-    for index in range(section.batches):
+    for index in range(data.eval_count):
         losses = engine.evaluate(data.eval_batches(index))
         total += losses["loss"] * losses["counted"]
         count += losses["counted"]

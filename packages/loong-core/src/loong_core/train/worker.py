@@ -33,7 +33,9 @@ def main(recipe_path: Path) -> int:
         code = getattr(error, "exit_code", 1)
         message = f"{type(error).__name__}: {error}"
         log.failure(error)
-        if os.environ.get("LOONG_DEBUG") or not hasattr(error, "exit_code"):
+        if isinstance(error, KeyboardInterrupt):
+            print("error: interrupted", file=sys.stderr)
+        elif os.environ.get("LOONG_DEBUG") or not hasattr(error, "exit_code"):
             traceback.print_exc()
         else:
             print(f"error: {error}", file=sys.stderr)
@@ -97,6 +99,7 @@ def _run(run: Run, engine: Engine, data: Any) -> None:
         checkpoints.finish(run, engine, stream)
     finally:
         reporter.close()
+        stream.close()
     if run.recipe.checkpoint.export is not None:
         checkpoints.export(run, engine)
     if run.is_main:
