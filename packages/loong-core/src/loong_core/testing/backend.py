@@ -199,7 +199,7 @@ def _matmul(dtype: str) -> Callable[[Run], str | None]:
 
         generator = torch.Generator().manual_seed(0)
         left, right = (torch.randn(16, 16, generator=generator).to(getattr(torch, dtype)) for _ in range(2))
-        moved = left.to(run.device).requires_grad_()
+        moved = left.clone().to(run.device).requires_grad_()
         product = moved @ right.to(run.device)
         product.sum().backward()
         exact = left.double() @ right.double()
