@@ -22,7 +22,7 @@ RECIPE = {
         "global_batch": 4,
         "micro_batch": 2,
     },
-    "optim": {"lr": 3e-4, "warmup": 4, "schedule": "constant"},
+    "optim": {"lr": 1e-4, "warmup": 10, "schedule": "constant"},
     "checkpoint": {"every": None, "export": None},
     "log": {"to": ["console", "jsonl"]},
 }
@@ -104,14 +104,15 @@ def test_a_gpu_trains_what_a_cpu_trains(tmp_path: Path) -> None:
     gpu = train(tmp_path, "gpu", backend="cuda", precision="bf16")
     data = RECIPE["data"] | {"tokenizer": str(tmp_path / "gpu" / "tokenizer")}
     cpu = train(tmp_path, "cpu", backend="cpu", precision="fp32", data=data, run=RECIPE["run"] | {"steps": COMPARED})
+    if folder := os.environ.get("LOONG_RESULTS"):
+        manifest = json.loads((tmp_path / "gpu" / "manifest.json").read_text())
+        result = {"gpu": gpu, "cpu": cpu, "libraries": manifest["libraries"], "hardware": manifest["hardware"]}
+        result["git"] = manifest["git"]
+        Path(folder, "qwen3_0.6b_20_steps.json").write_text(json.dumps(result, indent=1))
     assert [row["step"] for row in gpu] == list(range(1, STEPS + 1))
-    assert gpu[-1]["loss"] < 0.8 * gpu[0]["loss"]
+    assert gpu[-1]["loss"] < 0.9 * gpu[0]["loss"]
     for one, other in zip(cpu, gpu[:COMPARED], strict=True):
         assert one["tokens"] == other["tokens"]
         assert other["loss"] == pytest.approx(one["loss"], abs=TOLERANCE)
     plan = json.loads((tmp_path / "gpu" / "plan.json").read_text())
     assert plan["ops"]["attention"]["name"] == "transformer_engine"
-    if folder := os.environ.get("LOONG_RESULTS"):
-        manifest = json.loads((tmp_path / "gpu" / "manifest.json").read_text())
-        result = {"gpu": gpu, "cpu": cpu, "libraries": manifest["libraries"], "hardware": manifest["hardware"]}
-        Path(folder, "qwen3_0.6b_20_steps.json").write_text(json.dumps(result, indent=1))

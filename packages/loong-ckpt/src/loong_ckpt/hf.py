@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loong_ckpt import files, ranks
-from loong_ckpt.export import SHARD_BYTES, ExportPlan, TensorWriter, plan_export
+from loong_ckpt.export import SHARD_BYTES, ExportPlan, TensorWriter, plan_export, torch_dtype
 from loong_ckpt.hf_folder import CONFIG, SINGLE, HFFolder, check, claims, listed, open_folder
 from loong_ckpt.mapping import Assignment, assign
 from loong_ckpt.read import Reader
@@ -56,9 +56,13 @@ def _fill(folder: HFFolder, found: Assignment, run: Run, engine: Engine) -> None
         for parameter in engine.parameters():
             spec = parameter.spec
             rank, size = ranks.tensor_cut(spec, run.plan, run.rank)
-            part = reader.part(spec, found.rows[spec.role], rank, size, parameter.tensor.dtype)
+            row = found.rows[spec.role]
+            stored = torch_dtype(folder.tensors[row.hf[0]].dtype)
+            # Master weights take what a float32 checkpoint holds beyond the parameters' precision.
+            dtype = torch.float32 if stored == torch.float32 else parameter.tensor.dtype
+            part = reader.part(spec, row, rank, size, dtype)
             assert part.shape == parameter.tensor.shape, (spec.role, part.shape, parameter.tensor.shape)
-            parameter.tensor.copy_(part)
+            parameter.assign(part)
 
 
 def _require_equal_copies(reader: Reader, found: Assignment, path: Path) -> None:

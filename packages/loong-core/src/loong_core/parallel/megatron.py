@@ -140,6 +140,7 @@ class MegatronEngine:
             cast(Any, self._wrapped),
             use_gloo_process_groups=False,
         )
+        megatron_state.set_masters(self, self._optimizer)
         for module in self.modules:
             config = cast(Any, module).config
             config.finalize_model_grads_func = finalize_model_grads
@@ -285,14 +286,17 @@ class MegatronEngine:
 
     def weights_changed(self) -> None:
         """Bring the tied copy on the last stage, and master weights if there are any, up to date."""
-        if self._run.shape.tied_embeddings and self.plan.pp > 1 and (
-            self.groups.pp.rank() in (0, self.plan.pp - 1)
-        ):
-            mine = [p for p in self.state_parameters() if p.spec.role == "embed"]
-            source = dist.get_global_rank(self.groups.pp, 0)
-            dist.broadcast(mine[-1].tensor.data, src=source, group=self.groups.embd)
+        if self._run.shape.tied_embeddings and self.plan.pp > 1 and self.groups.pp.rank() in (0, self.plan.pp - 1):
+            self._copy_tied()
         if self._optimizer is not None:
             self._optimizer.reload_model_params()
+
+    def _copy_tied(self) -> None:
+        """Send the embedding of the first stage to its copy on the last, in full precision: both have a master."""
+        mine = [p for p in self.state_parameters() if p.spec.role == "embed"][-1]
+        values = getattr(mine.tensor, "exact", mine.tensor.detach()).float().to(self._run.device)
+        dist.broadcast(values, src=dist.get_global_rank(self.groups.pp, 0), group=self.groups.embd)
+        mine.assign(values)
 
     def _gather_parameters(self) -> None:
         """Finish a pending overlapped gather, so that the modules hold the updated parameters."""

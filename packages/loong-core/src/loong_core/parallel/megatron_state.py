@@ -93,6 +93,19 @@ def load(folder: Path, engine: MegatronEngine, optimizer: Any) -> None:
                 part.write(buffers, step)
 
 
+def set_masters(engine: MegatronEngine, optimizer: Any) -> None:
+    """Give master weights the exact float32 values that were rounded into the parameters (`LocalParameter.assign`).
+
+    Masters on the grid of bfloat16 would all wait until updates add up to half a step of that grid: training with a
+    small learning rate starts late.
+    """
+    for parameter in engine.state_parameters():
+        exact = parameter.tensor.__dict__.pop("exact", None)
+        part = None if exact is None else _optimizer_part(optimizer, parameter)
+        if part is not None:
+            part.write_master(exact)
+
+
 # ------------------------------------------------------------------------------------- naming and cutting
 def _pieces(engine: MegatronEngine, parameter: LocalParameter, tensor: Tensor) -> list[Tensor]:
     """The local tensor as the blocks that tensor parallelism cuts separately (views)."""
@@ -192,6 +205,14 @@ class _Part:
         if self._has_master:
             values |= main
         return values, int(state.get("step", group.get("step", 0)))
+
+    def write_master(self, exact: Tensor) -> None:
+        """Copy this rank's range of the full local tensor into its master weight."""
+        if self._held and self._has_master:
+            target = self._states()[0]["master"]
+            held = exact.flatten()[self.start : self.start + target.numel()]
+            with torch.no_grad():
+                target.copy_(held.view_as(target))
 
     def write(self, buffers: dict[str, Tensor], step: int) -> None:
         """Copy this rank's range out of the full local tensors and set the step count."""

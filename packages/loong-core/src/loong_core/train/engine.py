@@ -38,6 +38,13 @@ class LocalParameter(NamedTuple):
     spec: ParameterSpec
     tensor: Tensor
 
+    def assign(self, values: Tensor) -> None:
+        """Set the local part to `values` (any dtype and device). What a parameter of lower precision cannot hold is
+        kept beside it, on the CPU, until the optimizer takes it for its master weights."""
+        self.tensor.detach().copy_(values)
+        if values.dtype.itemsize > self.tensor.dtype.itemsize:
+            self.tensor.exact = values.detach().float().cpu()  # type: ignore[attr-defined]
+
 
 class Engine(Protocol):
     """A model with its gradients and its optimizer under one parallel layout. Every method is collective."""

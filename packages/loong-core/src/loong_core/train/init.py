@@ -25,7 +25,7 @@ def initialise(engine: MegatronEngine, seed: int, std: float) -> None:
             group = engine.tensor_group(parameter)
             full = draw(parameter.spec, seed, std)
             part = shard(full, group.rank(), group.size(), parameter.spec.axis, parameter.spec.blocks, parameter.spec.padded)
-            parameter.tensor.copy_(part)
+            parameter.assign(part)
     engine.weights_changed()
 
 
