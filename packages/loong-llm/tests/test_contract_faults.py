@@ -261,6 +261,6 @@ def test_recipes_that_do_not_hold(planted: Path) -> None:
     names = [name.removeprefix("test_") for name in dir(contract) if name.startswith("test_recipe")]
     assert failures(contract, {name: (path,) for name in names}) == set()
     path = planted / "Bad-Name.yaml"
-    path.write_text(f"model: {{weights: /home/somebody/model}}\n{json.dumps({'data': {'seq_len': 7}})[1:-1]}\n")
+    path.write_text(f"model: {{weights: ~/model}}\n{json.dumps({'data': {'seq_len': 7}})[1:-1]}\n")
     bad = failures(contract, {"recipe_is_named_and_described": (path,), "recipe_names_no_place_of_its_author": (path,)})
     assert len(bad) == 2
