@@ -116,7 +116,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("data") / "rows.jsonl"
     rows = []
     for _ in range(120):
-        length, start, stride = (int(torch.randint(*pair, (1,), generator=generator)) for pair in ((5, 33), (0, 131), (1, 4)))
+        length, start, stride = (
+            int(torch.randint(*pair, (1,), generator=generator)) for pair in ((5, 33), (0, 131), (1, 4))
+        )
         rows.append(json.dumps({"input_ids": [(start + stride * i) % 131 for i in range(length)]}))
     path.write_text("\n".join(rows) + "\n")
     return path

@@ -1,4 +1,4 @@
-"""A run that stops and resumes is the run that never stopped; under another layout it continues with the same losses."""
+"""A resumed run is the run that never stopped; under another layout it goes on with the same losses."""
 
 from __future__ import annotations
 

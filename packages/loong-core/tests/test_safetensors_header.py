@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from loong_core.errors import CheckpointError
 from loong_core.safetensors_header import TensorEntry, read_header, read_header_and_metadata
 

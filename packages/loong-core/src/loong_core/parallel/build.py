@@ -56,7 +56,7 @@ class Chunk(Protocol):
 
     def auxiliary_losses(self) -> dict[str, Tensor]:
         """Scalar losses of the last forward, coefficients applied, to be added per counted token; the same value on
-        all ranks that share the micro-batch. Called right after `forward` on the last chunk; empty when there are none."""
+        all ranks that share the micro-batch, empty where there are none. Called after `forward` on the last chunk."""
 
 
 @dataclass(frozen=True, kw_only=True)

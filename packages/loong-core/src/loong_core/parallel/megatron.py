@@ -264,6 +264,11 @@ class MegatronEngine:
         """The ranks that hold the tensor-parallel parts of this parameter."""
         return self.groups.tp if parameter.spec.expert is None else self.groups.expt_tp
 
+    def cut(self, parameter: LocalParameter) -> tuple[int, int]:
+        """Rank and size of the parameter's tensor parallelism."""
+        group = self.tensor_group(parameter)
+        return group.rank(), group.size()
+
     def replica_group(self, parameter: LocalParameter) -> Any:
         """The ranks that hold the same part of this parameter."""
         return self.groups.dp_cp if parameter.spec.expert is None else self.groups.expt_dp

@@ -170,7 +170,9 @@ def _optimizer_part(optimizer: Any, parameter: LocalParameter) -> _Part | None:
         return None
     for member in _members(optimizer):
         # The buffers know every parameter of the replica, megatron's range maps only those with a range on this rank.
-        if not member.is_stub_optimizer and any(parameter.tensor in buffer.param_index_map for buffer in member.buffers):
+        if not member.is_stub_optimizer and any(
+            parameter.tensor in buffer.param_index_map for buffer in member.buffers
+        ):
             return _Part(member, parameter)
     return None
 

@@ -75,6 +75,9 @@ class Engine(Protocol):
     def parameters(self) -> Iterable[LocalParameter]:
         """This rank's parameters in the order of the model's parameter list; tied copies only once."""
 
+    def cut(self, parameter: LocalParameter) -> tuple[int, int]:
+        """Which part of the full tensor is held here, of how many: rank and size of its tensor parallelism."""
+
     def gather(self, parameter: LocalParameter) -> Tensor | None:
         """The full tensor, without padding, on the one rank that shall write it; None on the others. Collective over
         the ranks that hold parts of the same parameter."""

@@ -10,11 +10,11 @@ import torch
 from loong_core.weights import shard
 
 if TYPE_CHECKING:
-    from loong_core.parallel.megatron import MegatronEngine
+    from loong_core.train.engine import Engine
     from loong_core.types import ParameterSpec
 
 
-def initialise(engine: MegatronEngine, seed: int, std: float) -> None:
+def initialise(engine: Engine, seed: int, std: float) -> None:
     """Fill this rank's parameters: normal(0, `std`), ones or zeros as each spec says.
 
     Every full tensor is drawn from a generator of its own, seeded by (seed, role), and then cut, so that all layouts
@@ -22,10 +22,9 @@ def initialise(engine: MegatronEngine, seed: int, std: float) -> None:
     """
     with torch.no_grad():
         for parameter in engine.parameters():
-            group = engine.tensor_group(parameter)
-            full = draw(parameter.spec, seed, std)
-            part = shard(full, group.rank(), group.size(), parameter.spec.axis, parameter.spec.blocks, parameter.spec.padded)
-            parameter.assign(part)
+            spec = parameter.spec
+            rank, size = engine.cut(parameter)
+            parameter.assign(shard(draw(spec, seed, std), rank, size, spec.axis, spec.blocks, spec.padded))
     engine.weights_changed()
 
 
