@@ -19,6 +19,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue
 
 from loong_core.errors import CheckpointError
+from loong_core.parallel.metadata_guard import require_harmless
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,6 +63,7 @@ def save(folder: Path, engine: MegatronEngine, optimizer: Any) -> None:
 
 def load(folder: Path, engine: MegatronEngine, optimizer: Any) -> None:
     """Read what `save` wrote. Each rank reads the parts of its own parameters; `optimizer=None` reads weights alone."""
+    require_harmless(folder)
     parameters = engine.state_parameters()
     if optimizer is not None:
         for member in _members(optimizer):
