@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import pickletools
 from pathlib import Path
+from typing import cast
 
 from loong_core.errors import CheckpointError
 
@@ -101,7 +102,8 @@ def _names(content: bytes) -> set[tuple[str, str]]:
         elif opcode.name == "MEMOIZE":
             memo.append(pushed[-1] if pushed else None)
         elif opcode.name in ("BINGET", "LONG_BINGET"):
-            pushed.append(memo[int(argument)] if int(argument) < len(memo) else None)
+            index = cast(int, argument)
+            pushed.append(memo[index] if index < len(memo) else None)
         elif opcode.name == "STACK_GLOBAL":
             module, name = pushed[-2:] if len(pushed) > 1 else (None, None)
             if module is None or name is None:
