@@ -42,6 +42,7 @@ CHECKPOINTS: dict[str, Any] = {
         num_key_value_heads=2,
         intermediate_size=80,
         tie_word_embeddings=True,
+        pad_token_id=83,
         rope_parameters=LLAMA3_ROPE,
     ),
     "qwen15": lambda: _config("Qwen2Config", num_attention_heads=4, num_key_value_heads=4, intermediate_size=96),
@@ -49,7 +50,7 @@ CHECKPOINTS: dict[str, Any] = {
         "Qwen2Config", num_attention_heads=6, num_key_value_heads=2, intermediate_size=72, tie_word_embeddings=True
     ),
     "qwen3": lambda: _config(
-        "Qwen3Config", num_attention_heads=6, num_key_value_heads=2, head_dim=16, intermediate_size=72
+        "Qwen3Config", num_attention_heads=6, num_key_value_heads=2, head_dim=16, intermediate_size=72, pad_token_id=83
     ),
     "qwen3_tied_biased": lambda: _config(
         "Qwen3Config",

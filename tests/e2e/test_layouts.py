@@ -24,6 +24,7 @@ SHAPES = {
         "num_key_value_heads": 2,
         "intermediate_size": 88,
         "tie_word_embeddings": True,
+        "pad_token_id": 5,
     },
     "biased": {
         "architectures": ["LlamaForCausalLM"],
@@ -73,6 +74,8 @@ LAYOUTS = [
     ("dense", 4, {"tp": 2, "cp": 2}),
     ("dense", 4, {"pp": 2, "cp": 2}),
     ("dense_tied", 2, {"pp": 2}),
+    ("dense_tied", 2, {"tp": 2}),
+    ("dense_tied", 2, {"cp": 2}),
     ("dense_tied", 4, {"tp": 2, "pp": 2}),
     ("biased", 2, {"tp": 2}),
     ("biased", 4, {"tp": 2, "pp": 2}),

@@ -114,7 +114,7 @@ class Decoder(GPTModel):
         segments = batch.get("segments")
         if self.balance is not None:
             self.balance.start(None if segments is None else self._counted(segments))
-        hidden = self.embedding(batch["tokens"], batch["positions"]) if self.pre_process else None
+        hidden = self._embedded(batch["tokens"], batch["positions"]) if self.pre_process else None
         hidden = self.decoder(
             hidden_states=hidden,
             attention_mask=segments,  # what `loong_core.parallel.core_attention` expects in its place
@@ -126,6 +126,15 @@ class Decoder(GPTModel):
         logits = self.output_layer(hidden, weight=weight)[0].transpose(0, 1)
         self._auxiliary = {} if self.balance is None else {"aux_loss": self.balance.close(logits)}
         return logits
+
+    def _embedded(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Embeddings [sequence, batch, hidden]. As in transformers, looking up config.json's `pad_token_id` trains
+        nothing (torch's `padding_idx`), not even where data holds that token as content."""
+        hidden = self.embedding(tokens, positions)
+        if (padding := self._shape.fields.get("pad_token")) is None:
+            return hidden
+        is_padding = self._local(tokens == padding % self._shape.vocabulary)
+        return torch.where(is_padding[..., None], hidden.detach(), hidden)
 
     def auxiliary_losses(self) -> dict[str, Tensor]:
         """`aux_loss`: the load-balancing loss of the last forward, where the model's config.json asks for one."""
@@ -144,10 +153,14 @@ class Decoder(GPTModel):
 
     def _counted(self, segments: Tensor) -> Tensor:
         """Which of the routers' tokens are no padding: segments [batch, sequence] -> [tokens on this rank]."""
-        valid = (segments >= 0).transpose(0, 1)
+        return self._local(segments >= 0).reshape(-1)
+
+    def _local(self, values: Tensor) -> Tensor:
+        """Values per token, [batch, sequence], cut as hidden states are: [sequence on this rank, batch]."""
+        values = values.transpose(0, 1)
         if self.config.sequence_parallel:
-            valid = valid.chunk(self.pg_collection.tp.size(), 0)[self.pg_collection.tp.rank()]
-        return valid.reshape(-1)
+            values = values.chunk(self.pg_collection.tp.size(), 0)[self.pg_collection.tp.rank()]
+        return values
 
 
 def _balance(shape: ModelShape, context: BuildContext) -> Balance | None:

@@ -168,6 +168,7 @@ KINDS: dict[str, tuple[Callable[[Any], bool], frozenset[str]]] = {
         lambda value: isinstance(value, bool),
         frozenset(["tied_embeddings", "qk_norm", "qkv_bias", "out_bias", "mlp_bias", "norm_top_k", "aux_loss"]),
     ),
+    "an integer": (lambda value: isinstance(value, int) and not isinstance(value, bool), frozenset({"pad_token"})),
     "a list of layer numbers": (_is_list_of_layers, frozenset({"dense_layers"})),
 }
 """What a field must be, in words, with the check and the fields it holds for."""

@@ -29,6 +29,7 @@ QWEN2 = ModelFamily(
         "vocabulary": "vocab_size",
         "norm_epsilon": "rms_norm_eps?",
         "tied_embeddings": "tie_word_embeddings?",
+        "pad_token": "pad_token_id?",
         "init_std": "initializer_range?",
         **ROPE_RULES,
     },

@@ -24,6 +24,7 @@ QWEN3 = ModelFamily(
         "vocabulary": "vocab_size",
         "norm_epsilon": "rms_norm_eps?",
         "tied_embeddings": "tie_word_embeddings?",
+        "pad_token": "pad_token_id?",
         "init_std": "initializer_range?",
         "qkv_bias": "attention_bias?",
         "out_bias": "attention_bias?",
