@@ -51,7 +51,7 @@ def whole_inputs():
 
 def reference(segments):
     """Output and gradients of one rank, straight from the op."""
-    from loong_core.ops_reference import attention
+    from loong_core.references.attention import attention
 
     *inputs, upstream = whole_inputs()
     leaves = [value.requires_grad_() for value in inputs]

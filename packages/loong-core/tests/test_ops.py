@@ -23,7 +23,7 @@ def broken(request):
 
 
 def impl(name, rank=5, op="rms_norm", **more):
-    return OpImpl(op=op, name=name, target="loong_core.ops_reference:rms_norm", rank=rank, **more)
+    return OpImpl(op=op, name=name, target="loong_core.references.norm:rms_norm", rank=rank, **more)
 
 
 def test_every_declared_op_has_a_reference_that_resolves():

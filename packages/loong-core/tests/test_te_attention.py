@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from loong_core.ops import OPS, choose
-from loong_core.ops_reference import attention as reference
+from loong_core.references.attention import attention as reference
 from loong_core.parallel import te_attention
 from loong_core.testing.ranks import run_ranks
 from loong_core.types import OpRequest

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from loong_core import ops_reference
+from loong_core.references import norm
 from loong_core.errors import NotFound
 from loong_core.testing import OpContract
 from loong_core.testing.op import error, poisoned_memory, scattered
@@ -16,7 +16,7 @@ from loong_core.testing.op_cases import CASES, OpCase
 
 
 def right(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    return ops_reference.rms_norm(x, weight, epsilon)
+    return norm.rms_norm(x, weight, epsilon)
 
 
 def wrong_formula(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:

@@ -44,7 +44,7 @@ DECLARATIONS: Mapping[str, OpDeclaration] = {
         OpDeclaration(
             name="rms_norm",
             signature="rms_norm(x[..., n], weight[n], epsilon) -> [..., n] in x's dtype",
-            reference="loong_core.ops_reference:rms_norm",
+            reference="loong_core.references.norm:rms_norm",
             tolerances={"float64": 1e-12, "float32": 1e-5, "bfloat16": 2e-2, "float16": 4e-3},
             summary="Root-mean-square norm over the last dim: computed in float32, rounded, then scaled by weight.",
         ),
@@ -54,16 +54,60 @@ DECLARATIONS: Mapping[str, OpDeclaration] = {
                 "attention(query[s,b,h,d], key[t,b,g,d], value[t,b,g,e], *, scale, dropout=0.0, rows=None, "
                 "segments=None) -> [s,b,h*e]"
             ),
-            reference="loong_core.ops_reference:attention",
+            reference="loong_core.references.attention:attention",
             tolerances={"float64": 1e-12, "float32": 1e-5, "bfloat16": 2e-2, "float16": 4e-3},
             summary="Causal attention with grouped key-value heads, packed samples and context-parallel rows.",
         ),
         OpDeclaration(
             name="cross_entropy",
             signature="cross_entropy(logits[..., v/n], targets[...], *, vocabulary, group) -> loss[...] in float32",
-            reference="loong_core.ops_reference:cross_entropy",
+            reference="loong_core.references.cross_entropy:cross_entropy",
             tolerances={"float64": 1e-6, "float32": 1e-5, "bfloat16": 2e-2, "float16": 4e-3},
             summary="Cross entropy of logits whose vocabulary is cut over the n ranks of a group.",
+        ),
+        OpDeclaration(
+            name="linear_cross_entropy",
+            signature=(
+                "linear_cross_entropy(hidden[t,h], weight[v/n,h], targets[t], *, vocabulary, group=None) -> loss[t] "
+                "in float32"
+            ),
+            reference="loong_core.references.linear_cross_entropy:linear_cross_entropy",
+            tolerances={"float64": 1e-6, "float32": 1e-5, "bfloat16": 2e-2, "float16": 4e-3},
+            summary="The head's matrix product and its cross entropy in one, so that no logits need to be kept.",
+        ),
+        OpDeclaration(
+            name="rotary_qkv",
+            signature=(
+                "rotary_qkv(mixed[s,b,g,h/g+2,d], angles[s,b,1,r], query_norm[d], key_norm[d], epsilon) -> "
+                "(query[s,b,h,d], key[s,b,g,d], value[s,b,g,d])"
+            ),
+            reference="loong_core.references.rotary:rotary_qkv",
+            tolerances={"float64": 1e-6, "float32": 1e-5, "bfloat16": 2e-2, "float16": 4e-3},
+            summary="Queries, keys and values of one projection, their heads normed (where asked for) and rotated.",
+        ),
+        OpDeclaration(
+            name="swiglu",
+            signature="swiglu(x[..., 2f]) -> [..., f] in x's dtype",
+            reference="loong_core.references.activation:swiglu",
+            tolerances={"float64": 1e-12, "float32": 1e-5, "bfloat16": 2e-2, "float16": 4e-3},
+            summary="SiLU of the first half of the last dim times the second half.",
+        ),
+        OpDeclaration(
+            name="route",
+            signature="route(logits[t,e], top_k, *, normalise, valid=None) -> Routing(weights, experts, counts, sums)",
+            reference="loong_core.references.routing:route",
+            tolerances={"float64": 1e-12, "float32": 1e-5, "bfloat16": 2e-2, "float16": 4e-3},
+            summary="The top-k softmax router of a mixture of experts, with the statistics of its balance.",
+        ),
+        OpDeclaration(
+            name="experts",
+            signature=(
+                "experts(hidden[t,n], up[e,2f,n], down[e,n,f], weights[t,k], chosen[t,k], *, first=0, pairs=None) -> "
+                "[t,n]"
+            ),
+            reference="loong_core.references.experts:experts",
+            tolerances={"float64": 1e-12, "float32": 1e-5, "bfloat16": 2e-2, "float16": 4e-3},
+            summary="Every token through the SwiGLU experts chosen for it, summed with their weights.",
         ),
     )
 }
@@ -98,6 +142,11 @@ class Ops:
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     attention: Callable[..., Tensor]
     cross_entropy: Callable[..., Tensor]
+    linear_cross_entropy: Callable[..., Tensor]
+    rotary_qkv: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    swiglu: Callable[[Tensor], Tensor]
+    route: Callable[..., Any]
+    experts: Callable[..., Tensor]
 
     def __init__(self, functions: Mapping[str, Callable[..., Any]], choices: Mapping[str, OpChoice]) -> None:
         self.choices = dict(choices)

@@ -48,7 +48,7 @@ def attention(
     rows: tuple[Tensor, Tensor] | None = None,
     segments: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """As `loong_core.ops_reference.attention`, without `rows`: query [s,b,h,d], key [s,b,g,d], value [s,b,g,e] ->
+    """As `loong_core.references.attention.attention`, without `rows`: query [s,b,h,d], key [s,b,g,d], value [s,b,g,e] ->
     [s,b,h*e]. Tokens of a segment must follow one another, as packing lays them out."""
     assert rows is None, "supports() refuses context parallelism"
     s, b, h, d = query.shape

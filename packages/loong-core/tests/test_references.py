@@ -10,7 +10,9 @@ import torch.nn.functional as functional
 
 from loong_core.errors import DataError
 from loong_core.ops import DECLARATIONS
-from loong_core.ops_reference import attention, cross_entropy, rms_norm
+from loong_core.references.attention import attention
+from loong_core.references.cross_entropy import cross_entropy
+from loong_core.references.norm import rms_norm
 from loong_core.testing.ranks import run_ranks
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -247,13 +249,13 @@ def test_cross_entropy_equals_torch(shape, vocabulary, dtype):
 
 
 def test_cross_entropy_in_chunks_is_the_same(monkeypatch):
-    from loong_core import ops_reference
+    from loong_core.references import cross_entropy as module
 
     logits = torch.randn(11, 13, requires_grad=True)
     targets = torch.randint(0, 13, (11,))
     results = []
     for elements in (1 << 24, 39, 1):
-        monkeypatch.setattr(ops_reference, "CHUNK_ELEMENTS", elements)
+        monkeypatch.setattr(module, "CHUNK_ELEMENTS", elements)
         loss = cross_entropy(logits, targets, vocabulary=13)
         results.append((loss, torch.autograd.grad(loss.sum(), logits)[0]))
     for loss, gradient in results[1:]:
