@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from loong_core.ops import OPS, choose
-from loong_core.references.attention import attention as reference
+from loong_core.parallel import segments as packed_segments
 from loong_core.parallel import te_attention
+from loong_core.references.attention import attention as reference
 from loong_core.testing.ranks import run_ranks
 from loong_core.types import OpRequest
 
@@ -54,11 +55,9 @@ def recorded(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformer_engine", types.ModuleType("transformer_engine"))
     monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", module)
     te_attention._module.cache_clear()
-    te_attention._LAST.clear()
     Recorded.made.clear()
     yield Recorded
     te_attention._module.cache_clear()
-    te_attention._LAST.clear()
 
 
 def qkv(s, b, h, g, d, e):
@@ -91,29 +90,35 @@ def test_a_module_is_made_once_per_configuration(recorded):
     assert [made["attention_dropout"] for made in recorded.made] == [0.0, 0.1]
 
 
-def test_offsets_of_packed_rows():
-    packing = te_attention.packing_of(SEGMENTS)
-    assert packing.offsets.tolist() == [0, 3, 5, 6, 8, 12, 18]
-    assert packing.longest == 6
-    long = torch.zeros(1, 1000, dtype=torch.int64)
-    long[0, 130:] = torch.arange(870)
-    assert te_attention.packing_of(long).longest == 256
-    assert torch.equal(packing.padding[:, :, 0].t(), SEGMENTS == -1)
-
-
-def test_offsets_are_computed_once_per_micro_batch_and_anew_when_it_changes(recorded, monkeypatch):
+def test_offsets_are_derived_once_per_micro_batch(recorded, monkeypatch):
     calls = []
-    true = te_attention.packing_of
-    monkeypatch.setattr(te_attention, "packing_of", lambda segments: calls.append(1) or true(segments))
+    true = packed_segments.packing_of
+    monkeypatch.setattr(packed_segments, "packing_of", lambda *both: calls.append(1) or true(*both))
     segments = SEGMENTS.clone()
     inputs = qkv(6, 3, 2, 2, 4, 4)
     for _ in range(3):
-        te_attention.attention(*inputs, scale=0.3, segments=(segments, segments))
+        out = te_attention.attention(*inputs, scale=0.3, segments=(segments, segments))
     assert len(calls) == 1
-    segments[0] = 5
-    out = te_attention.attention(*inputs, scale=0.3, segments=(segments, segments))
     torch.testing.assert_close(out, reference(*inputs, scale=0.3, segments=(segments, segments)))
-    assert len(calls) == 2
+
+
+def test_one_packed_row_is_passed_on_without_copies(recorded, monkeypatch):
+    """The kernel reads the projection's own memory, strides included, and its result is handed on as it is."""
+    passed = []
+    true = Recorded.__call__
+
+    def noted(self, *tensors, **packing):
+        result = true(self, *tensors, **packing)
+        passed.append((*tensors, result))
+        return result
+
+    monkeypatch.setattr(Recorded, "__call__", noted)
+    mixed = torch.randn(6, 1, 12, 8)
+    inputs = mixed.split([6, 3, 3], dim=2)
+    segments = torch.tensor([[0, 0, 0, 1, 1, 2]])
+    out = te_attention.attention(*inputs, scale=0.3, segments=(segments, segments))
+    assert [part.data_ptr() for part in passed[0]] == [part.data_ptr() for part in (*inputs, out)]
+    assert out.shape == (6, 1, 48) and out.is_contiguous()
 
 
 def test_it_is_chosen_on_cuda_in_half_precision_without_context_parallelism(monkeypatch):
