@@ -110,10 +110,11 @@ def load(family: Any, chunks: Any, shape: Any, context: Any, tensors: dict[str, 
     """Copy HF tensors into this rank's parameters; returns the names that were used."""
     used: set[str] = set()
     for chunk in chunks:
-        for spec, parameter in chunk.local_parameters():
+        for parameter in chunk.local_parameters():
+            spec = parameter.spec
             full, names = full_tensor(family, shape.fields, spec, tensors)
             assert tuple(full.shape) == spec.shape, spec
-            parameter.data.copy_(cut(spec, full, context.groups))
+            parameter.tensor.data.copy_(cut(spec, full, context.groups))
             used.update(names)
     return used
 

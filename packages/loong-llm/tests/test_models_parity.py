@@ -131,10 +131,10 @@ def worst_gradient(tiny, family, shape, decoder, model):
     """The largest relative difference of a gradient to transformers', over all parameters."""
     gradients = tiny.reference_gradients(model)
     worst, used = 0.0, set()
-    for spec, parameter in decoder.local_parameters():
-        expected, names = tiny.full_tensor(family, shape.fields, spec, gradients)
+    for parameter in decoder.local_parameters():
+        expected, names = tiny.full_tensor(family, shape.fields, parameter.spec, gradients)
         used.update(names)
-        worst = max(worst, ((parameter.grad - expected).norm() / expected.norm().clamp(min=1e-8)).item())
+        worst = max(worst, ((parameter.gradient - expected).norm() / expected.norm().clamp(min=1e-8)).item())
     assert used == set(gradients), used ^ set(gradients)
     return worst
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -19,61 +18,42 @@ from loong_core.train.engine import Batch, LocalParameter
 from loong_core.types import ModelShape
 from loong_core.weights import padded_extent
 from loong_llm import layers
+from loong_llm.head import Head
+from loong_llm.moe import WIDEST_GATHER
 from loong_llm.rope import RotaryAngles
 from loong_llm.router import Balance, BalancedRouter
 from loong_llm.shape import is_sparse
 
-ROLES: dict[str, tuple[str, ...]] = {
-    "embed": ("embedding.word_embeddings.weight",),
-    "layers.*.attn.norm": ("decoder.layers.*.input_layernorm.weight",),
-    "layers.*.attn.qkv": ("decoder.layers.*.self_attention.linear_qkv.weight",),
-    "layers.*.attn.qkv_bias": ("decoder.layers.*.self_attention.linear_qkv.bias",),
-    "layers.*.attn.q_norm": ("decoder.layers.*.self_attention.q_layernorm.weight",),
-    "layers.*.attn.k_norm": ("decoder.layers.*.self_attention.k_layernorm.weight",),
-    "layers.*.attn.out": ("decoder.layers.*.self_attention.linear_proj.weight",),
-    "layers.*.attn.out_bias": ("decoder.layers.*.self_attention.linear_proj.bias",),
-    "layers.*.mlp.norm": ("decoder.layers.*.pre_mlp_layernorm.weight",),
-    "layers.*.mlp.up": ("decoder.layers.*.mlp.linear_fc1.weight",),
-    "layers.*.mlp.up_bias": ("decoder.layers.*.mlp.linear_fc1.bias",),
-    "layers.*.mlp.down": ("decoder.layers.*.mlp.linear_fc2.weight",),
-    "layers.*.mlp.down_bias": ("decoder.layers.*.mlp.linear_fc2.bias",),
-    "layers.*.moe.router": ("decoder.layers.*.mlp.router.weight",),
-    "layers.*.moe.up.#": (
-        "decoder.layers.*.mlp.experts.local_experts.#.linear_fc1.weight",
-        "decoder.layers.*.mlp.experts.linear_fc1.weight#",
-    ),
-    "layers.*.moe.down.#": (
-        "decoder.layers.*.mlp.experts.local_experts.#.linear_fc2.weight",
-        "decoder.layers.*.mlp.experts.linear_fc2.weight#",
-    ),
-    "final_norm": ("decoder.final_layernorm.weight",),
-    "head": ("output_layer.weight",),
+ROLES: dict[str, str] = {
+    "embed": "embedding.word_embeddings.weight",
+    "layers.*.attn.norm": "decoder.layers.*.input_layernorm.weight",
+    "layers.*.attn.qkv": "decoder.layers.*.self_attention.linear_qkv.weight",
+    "layers.*.attn.qkv_bias": "decoder.layers.*.self_attention.linear_qkv.bias",
+    "layers.*.attn.q_norm": "decoder.layers.*.self_attention.q_layernorm.weight",
+    "layers.*.attn.k_norm": "decoder.layers.*.self_attention.k_layernorm.weight",
+    "layers.*.attn.out": "decoder.layers.*.self_attention.linear_proj.weight",
+    "layers.*.attn.out_bias": "decoder.layers.*.self_attention.linear_proj.bias",
+    "layers.*.mlp.norm": "decoder.layers.*.pre_mlp_layernorm.weight",
+    "layers.*.mlp.up": "decoder.layers.*.mlp.linear_fc1.weight",
+    "layers.*.mlp.up_bias": "decoder.layers.*.mlp.linear_fc1.bias",
+    "layers.*.mlp.down": "decoder.layers.*.mlp.linear_fc2.weight",
+    "layers.*.mlp.down_bias": "decoder.layers.*.mlp.linear_fc2.bias",
+    "layers.*.moe.router": "decoder.layers.*.mlp.router.weight",
+    "layers.*.moe.up.#": "decoder.layers.*.mlp.experts.up",
+    "layers.*.moe.down.#": "decoder.layers.*.mlp.experts.down",
+    "final_norm": "decoder.final_layernorm.weight",
+    "head": "output_layer.weight",
 }
-"""Loong's role -> megatron-core's parameter names (`*` local layer, `#` local expert; one name per expert module)."""
+"""Loong's role -> the parameter's name in the module (`*` local layer). A role with `#` is one expert of a stack."""
+
+_NAMES = [(re.compile(re.escape(name).replace(r"\*", r"(\d+)")), role) for role, name in ROLES.items()]
 
 
-def _name_patterns() -> list[tuple[re.Pattern[str], str]]:
-    rows = []
-    for role, names in ROLES.items():
-        for name in names:
-            expression = re.escape(name).replace(r"\*", r"(?P<layer>\d+)").replace(r"\#", r"(?P<expert>\d+)")
-            rows.append((re.compile(expression), role))
-    return rows
-
-
-_NAMES = _name_patterns()
-
-
-def role_of(name: str, layers_here: tuple[int, ...], first_expert: int) -> str | None:
-    """The role of megatron-core's parameter `name` where `layers_here` and experts from `first_expert` on are held."""
+def role_of(name: str, layers_here: tuple[int, ...]) -> str | None:
+    """The role of the module's parameter `name` where `layers_here` are held; `#` stands for each expert of a stack."""
     for pattern, role in _NAMES:
         if match := pattern.fullmatch(name):
-            found = match.groupdict()
-            if found.get("layer") is not None:
-                role = role.replace("*", str(layers_here[int(found["layer"])]))
-            if found.get("expert") is not None:
-                role = role.replace("#", str(first_expert + int(found["expert"])))
-            return role
+            return role.replace("*", str(layers_here[int(match[1])])) if match.groups() else role
     return None
 
 
@@ -83,12 +63,13 @@ class Decoder(GPTModel):
     def __init__(self, shape: ModelShape, context: BuildContext, config: TransformerConfig, index: int) -> None:
         fields = shape.fields
         self._index = index
-        grouped = bool(config.moe_grouped_gemm)
         balance = _balance(shape, context)
-        router = partial(BalancedRouter, balance=balance) if fields["experts"] else None
+        router = partial(BalancedRouter, ops=context.ops, balance=balance) if fields["experts"] else None
         super().__init__(
             config=config,
-            transformer_layer_spec=layers.block(context.layers, fields, context.chunks[index], router, grouped),
+            transformer_layer_spec=layers.block(
+                context.layers, context.ops, fields, context.chunks[index], router, _gathers(context)
+            ),
             vocab_size=padded_extent(shape.vocabulary, context.plan.tp),
             max_sequence_length=0,  # only learned positions would read it
             pre_process=context.first[index],
@@ -99,6 +80,8 @@ class Decoder(GPTModel):
             vp_stage=index if context.plan.vpp > 1 else None,
         )
         self.rotary_angles = RotaryAngles(fields)
+        if self.post_process:
+            self.output_layer = Head(self.output_layer, context.ops, shape.vocabulary, context.groups.tp)
         if self.pre_process:
             self.embedding.embedding_dropout.p = 0.0  # `model.dropout` covers attention and the residual branches only
         self.balance = balance
@@ -110,7 +93,8 @@ class Decoder(GPTModel):
         self._auxiliary: dict[str, Tensor] = {}
 
     def forward(self, batch: Batch) -> Tensor:
-        """Hidden states [sequence, batch, hidden]; on the last chunk logits [batch, sequence, local vocabulary]."""
+        """Hidden states [sequence, batch, hidden]. On the last chunk the cross entropy of each target, [batch,
+        sequence] in float32, or without `targets` in the batch logits [batch, sequence, local vocabulary]."""
         segments = batch.get("segments")
         if self.balance is not None:
             self.balance.start(None if segments is None else self._counted(segments))
@@ -122,10 +106,10 @@ class Decoder(GPTModel):
         )
         if not self.post_process:
             return hidden
-        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        logits = self.output_layer(hidden, weight=weight)[0].transpose(0, 1)
-        self._auxiliary = {} if self.balance is None else {"aux_loss": self.balance.close(logits)}
-        return logits
+        tied = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        output: Tensor = self.output_layer(hidden, batch.get("targets"), tied)
+        self._auxiliary = {} if self.balance is None else {"aux_loss": self.balance.close(output)}
+        return output
 
     def _embedded(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Embeddings [sequence, batch, hidden]. As in transformers, looking up config.json's `pad_token_id` trains
@@ -145,11 +129,16 @@ class Decoder(GPTModel):
         """Every parameter of this chunk; see `Chunk.local_parameters`."""
         specs = {spec.role: spec for spec in self._shape.parameters}
         for name, parameter in self.named_parameters():
-            role = role_of(name, self.layers_here, self._first_expert)
+            role = role_of(name, self.layers_here)
             if role == "head" and self._shape.tied_embeddings:
                 continue
-            assert role in specs, f"no ParameterSpec for {name} (role {role})"
-            yield LocalParameter(specs[role], parameter)
+            assert role is not None, f"no role for {name}"
+            if "#" not in role:
+                yield LocalParameter(specs[role], parameter)
+                continue
+            for index, view in enumerate(parameter.detach().unbind(0)):
+                spec = specs[role.replace("#", str(self._first_expert + index))]
+                yield LocalParameter(spec, view, owner=parameter, offset=index * view.numel())
 
     def _counted(self, segments: Tensor) -> Tensor:
         """Which of the routers' tokens are no padding: segments [batch, sequence] -> [tokens on this rank]."""
@@ -161,6 +150,12 @@ class Decoder(GPTModel):
         if self.config.sequence_parallel:
             values = values.chunk(self.pg_collection.tp.size(), 0)[self.pg_collection.tp.rank()]
         return values
+
+
+def _gathers(context: BuildContext) -> bool:
+    """Whether the ranks that share a layer's experts exchange all their tokens (see `Mixture`)."""
+    wanted = context.dispatch
+    return context.plan.etp == 1 and (wanted == "gather" or (wanted == "auto" and context.plan.ep <= WIDEST_GATHER))
 
 
 def _balance(shape: ModelShape, context: BuildContext) -> Balance | None:
@@ -244,7 +239,6 @@ def _recomputation(kind: str) -> dict[str, Any]:
 
 def _expert_settings(shape: ModelShape, context: BuildContext) -> dict[str, Any]:
     fields = shape.fields
-    experts = context.layers.grouped_mlp_modules(True)
     return {
         "num_moe_experts": fields["experts"],
         "moe_ffn_hidden_size": fields["expert_ffn"],
@@ -255,5 +249,4 @@ def _expert_settings(shape: ModelShape, context: BuildContext) -> dict[str, Any]
         "moe_aux_loss_coeff": 0.0,
         "moe_layer_freq": [int(is_sparse(fields, layer)) for layer in range(shape.layers)],
         "moe_token_dispatcher_type": "alltoall",
-        "moe_grouped_gemm": getattr(experts, "func", experts) is not SequentialMLP,
     }

@@ -7,19 +7,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
-from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
+from loong_llm.attention import HeadNorm, rotary_attention
+from loong_llm.moe import Experts, Mixture
 from loong_llm.shape import is_sparse
+
+if TYPE_CHECKING:
+    from loong_core.ops import Ops
 
 
 def has_bias(linear: Callable[..., Any], bias: bool) -> Callable[..., Any]:
@@ -32,16 +37,21 @@ def has_bias(linear: Callable[..., Any], bias: bool) -> Callable[..., Any]:
 
 
 def block(
-    provider: Any, fields: Mapping[str, Any], layers: Sequence[int], router: Callable[..., Any] | None, grouped: bool
+    provider: Any,
+    ops: Ops,
+    fields: Mapping[str, Any],
+    layers: Sequence[int],
+    router: Callable[..., Any] | None,
+    gathers: bool,
 ) -> TransformerBlockSubmodules:
     """The layers `layers` (global indices) of a model with settings `fields`.
 
-    `router` builds the router of layers with experts; `grouped` asks the provider for grouped expert matmuls.
+    `router` builds the router of layers with experts; `gathers` is how their tokens are exchanged (`Mixture`).
     """
     norm = provider.layer_norm(rms_norm=True)
-    attention = _attention(provider, fields)
+    attention = _attention(provider, ops, fields)
     dense = _mlp(provider, fields)
-    sparse = _experts(provider, router, grouped) if router is not None else None
+    sparse = _experts(ops, router, gathers) if router is not None else None
     specs = [
         ModuleSpec(
             module=TransformerLayer,
@@ -59,10 +69,10 @@ def block(
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=norm)
 
 
-def _attention(provider: Any, fields: Mapping[str, Any]) -> ModuleSpec:
-    head_norm = provider.layer_norm(rms_norm=True, for_qk=True) if fields["qk_norm"] else IdentityOp
+def _attention(provider: Any, ops: Ops, fields: Mapping[str, Any]) -> ModuleSpec:
+    head_norm = HeadNorm if fields["qk_norm"] else IdentityOp
     return ModuleSpec(
-        module=SelfAttention,
+        module=rotary_attention(ops),
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
             linear_qkv=has_bias(provider.column_parallel_linear(), fields["qkv_bias"]),
@@ -84,5 +94,6 @@ def _mlp(provider: Any, fields: Mapping[str, Any]) -> Callable[..., Any]:
     )
 
 
-def _experts(provider: Any, router: Callable[..., Any], grouped: bool) -> Callable[..., Any]:
-    return partial(MoELayer, submodules=MoESubmodules(experts=provider.grouped_mlp_modules(grouped), router=router))
+def _experts(ops: Ops, router: Callable[..., Any], gathers: bool) -> Callable[..., Any]:
+    experts = type("Experts", (Experts,), {"ops": ops})
+    return partial(Mixture, submodules=MoESubmodules(experts=experts, router=router), gathers=gathers)

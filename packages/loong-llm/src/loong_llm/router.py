@@ -9,12 +9,18 @@ need no special care.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
+
+from loong_core.parallel import gradient_buffer
+
+if TYPE_CHECKING:
+    from loong_core.ops import Ops
+    from loong_core.references.routing import Routing
 
 
 class Balance:
@@ -38,18 +44,13 @@ class Balance:
         self.valid, self.slope, self.weight = valid, None, None
         self._seen.clear()
 
-    def record(self, layer: int, logits: Tensor, chosen: Tensor) -> None:
-        """Statistics of one layer: logits and chosen are [tokens, experts]. A recomputed layer counts once."""
+    def record(self, layer: int, routing: Routing) -> None:
+        """Statistics of one layer. A recomputed layer counts once."""
         if layer in self._seen:
             return
-        probabilities = torch.softmax(logits.detach().float(), dim=-1)
-        if self.valid is None:
-            counts, sums = chosen.sum(0), probabilities.sum(0)
-            rows = counts.new_tensor([logits.shape[0]])
-        else:
-            counts, sums = (chosen & self.valid[:, None]).sum(0), (probabilities * self.valid[:, None]).sum(0)
-            rows = self.valid.sum()[None]
-        self._seen[layer] = torch.cat([counts.float(), sums, rows.float()])
+        tokens = routing.experts.shape[0]
+        rows = routing.sums.new_full((1,), tokens) if self.valid is None else self.valid.sum()[None]
+        self._seen[layer] = torch.cat([routing.counts.float(), routing.sums.float(), rows.float()])
 
     def close(self, output: Tensor) -> Tensor:
         """The loss of the micro-batch, coefficient applied: a scalar that hangs on `output`, the same on every rank."""
@@ -105,21 +106,68 @@ class _Attach(torch.autograd.Function):
         return gradient + extra.to(gradient.dtype), None
 
 
+class _Logits(torch.autograd.Function):
+    """`hidden @ weight.T` in float32 without a float32 copy of `hidden`: products of 16-bit numbers are exact there."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden, weight)
+        ctx.weight = weight
+        return _wide(hidden, weight.t())
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        hidden, weight = ctx.saved_tensors
+        narrow = gradient.to(hidden.dtype)
+        of_hidden = narrow @ weight if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:
+            return of_hidden, None
+        of_weight = _wide(narrow.t(), hidden)
+        buffer = gradient_buffer.buffer_of(ctx.weight)
+        if buffer is None:
+            return of_hidden, of_weight.to(weight.dtype)
+        buffer.add_(of_weight)
+        gradient_buffer.mark_added(ctx.weight)
+        return of_hidden, None
+
+
+def _wide(one: Tensor, other: Tensor) -> Tensor:
+    """The matrix product in float32 (float64 stays)."""
+    if one.is_cuda and one.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(one, other, out_dtype=torch.float32)
+    wide = torch.float64 if one.dtype == torch.float64 else torch.float32
+    return one.to(wide) @ other.to(wide)
+
+
 class BalancedRouter(TopKRouter):
-    """A top-k router that reports to a `Balance`; without one it is megatron-core's own."""
+    """megatron-core's router with the choice made by the op `route`, which also reports to a `Balance`."""
+
+    sparse: bool = False
+    """Whether calling it gives a `Routing` of [tokens, chosen experts], or megatron-core's pair of dense tensors."""
 
     def __init__(
-        self, config: Any, pg_collection: Any = None, is_mtp_layer: bool = False, *, balance: Balance | None
+        self, config: Any, pg_collection: Any = None, is_mtp_layer: bool = False, *, ops: Ops, balance: Balance | None
     ) -> None:
         super().__init__(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
         self.balance = balance
+        self._route = ops.route
 
-    def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """logits [sequence, batch, experts] -> probabilities and choice, [tokens, experts] each."""
-        if self.balance is None:
-            return super().routing(logits, padding_mask)
-        shape = logits.shape
-        logits = _Attach.apply(logits.reshape(-1, shape[-1]), self.balance)
-        probabilities, chosen = super().routing(logits.view(shape), padding_mask)
-        self.balance.record(self.layer_number, logits, chosen)
-        return probabilities, chosen
+    def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> Any:
+        """Hidden states [..., hidden] -> where each token goes, see `sparse`."""
+        hidden = input.reshape(-1, input.shape[-1])
+        logits: Tensor = _Logits.apply(hidden, self.weight)
+        if self.balance is not None:
+            logits = _Attach.apply(logits, self.balance)
+        valid = None if self.balance is None else self.balance.valid
+        normalise = not self.config.moe_router_pre_softmax
+        routing: Routing = self._route(logits, self.topk, normalise=normalise, valid=valid)
+        if self.balance is not None:
+            self.balance.record(self.layer_number, routing)
+        return routing if self.sparse else self._dense(routing, logits)
+
+    @staticmethod
+    def _dense(routing: Routing, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Probabilities and choice, [tokens, experts] each, as megatron-core's dispatchers take them."""
+        where = routing.experts.long()
+        probabilities = torch.zeros_like(logits, dtype=routing.weights.dtype).scatter(1, where, routing.weights)
+        return probabilities, torch.zeros_like(logits, dtype=torch.bool).scatter(1, where, True)

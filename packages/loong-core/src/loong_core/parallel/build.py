@@ -20,7 +20,8 @@ class BuildContext:
 
     `layers` satisfies megatron-core's `BackendSpecProvider`; `groups` is its `ProcessGroupCollection`. `chunks` holds,
     for every pipeline chunk of this rank in order, the global indices of its layers. The chunk with
-    `first[i]` owns the embedding, the one with `last[i]` the final norm and the head.
+    `first[i]` owns the embedding, the one with `last[i]` the final norm and the head. `dispatch` is how tokens reach
+    experts on other ranks (`MegatronOptions`).
     """
 
     plan: ParallelPlan
@@ -34,13 +35,15 @@ class BuildContext:
     last: tuple[bool, ...]
     dropout: float = 0.0
     deterministic: bool = False
+    dispatch: str = "auto"
 
 
 class Chunk(Protocol):
     """One pipeline chunk of a model: an `nn.Module` the megatron schedules can drive.
 
     `forward(batch)` takes this rank's (already context-parallel) slice of a micro-batch and returns hidden states, or
-    on the last chunk the model's output (language models: logits [batch, sequence, padded vocabulary / tp]).
+    on the last chunk the model's output (language models: where the batch has `targets` the cross entropy of each,
+    [batch, sequence] in float32, otherwise logits [batch, sequence, padded vocabulary / tp]).
     """
 
     config: Any

@@ -70,6 +70,7 @@ def build(run: Run) -> MegatronEngine:
         last=tuple(stage == plan.pp * plan.vpp - 1 for stage in stages),
         dropout=run.recipe.model.dropout,
         deterministic=run.recipe.run.deterministic,
+        dispatch=MegatronOptions(**run.recipe.parallel.options).dispatch,
     )
     return MegatronEngine(run, groups, resolve(run.family.builder)(run.shape, context))
 
@@ -253,7 +254,7 @@ class MegatronEngine:
     def state_parameters(self) -> list[LocalParameter]:
         """As `parameters`, and the copy of tied embeddings on the last stage: it has an optimizer state of its own."""
         listed = list(self.parameters())
-        known = {id(parameter.tensor) for parameter in listed}
+        known = {id(parameter.trained) for parameter in listed}
         spare = [p for module in self.modules for p in module.parameters() if id(p) not in known]
         if spare:
             embed = next(spec for spec in self._run.shape.parameters if spec.role == "embed")

@@ -102,7 +102,7 @@ def set_masters(engine: MegatronEngine, optimizer: Any) -> None:
     small learning rate starts late.
     """
     for parameter in engine.state_parameters():
-        exact = parameter.tensor.__dict__.pop("exact", None)
+        exact = parameter.take_exact()
         part = None if exact is None else _optimizer_part(optimizer, parameter)
         if part is not None:
             part.write_master(exact)
@@ -145,11 +145,11 @@ class _Owners:
     def __init__(self, engine: MegatronEngine) -> None:
         self._engine = engine
         self._tied_stage = engine.groups.pp.rank() == 0
-        self._turn = {id(p.tensor): index for index, p in enumerate(engine.state_parameters())}
+        self._turn = {_identity(p): index for index, p in enumerate(engine.state_parameters())}
 
     def owner(self, parameter: LocalParameter) -> int:
         """Rank within the replica group."""
-        return self._turn[id(parameter.tensor)] % self._engine.replica_group(parameter).size()
+        return self._turn[_identity(parameter)] % self._engine.replica_group(parameter).size()
 
     def owns(self, parameter: LocalParameter) -> bool:
         """Whether this rank writes it."""
@@ -161,6 +161,10 @@ class _Owners:
         return engine.replica_group(parameter).rank() == self.owner(parameter)
 
 
+def _identity(parameter: LocalParameter) -> tuple[int, int]:
+    return id(parameter.trained), parameter.offset
+
+
 # ------------------------------------------------------------------------------------------ the optimizer
 def _members(optimizer: Any) -> list[Any]:
     return list(getattr(optimizer, "chained_optimizers", None) or [optimizer])
@@ -168,12 +172,12 @@ def _members(optimizer: Any) -> list[Any]:
 
 def _optimizer_part(optimizer: Any, parameter: LocalParameter) -> _Part | None:
     """This rank's piece of a parameter's optimizer state; None where the parameter is frozen or there is none."""
-    if optimizer is None or not parameter.tensor.requires_grad:
+    if optimizer is None or not parameter.trained.requires_grad:
         return None
     for member in _members(optimizer):
         # The buffers know every parameter of the replica, megatron's range maps only those with a range on this rank.
         if not member.is_stub_optimizer and any(
-            parameter.tensor in buffer.param_index_map for buffer in member.buffers
+            parameter.trained in buffer.param_index_map for buffer in member.buffers
         ):
             return _Part(member, parameter)
     return None
@@ -184,11 +188,18 @@ class _Part:
 
     def __init__(self, member: Any, parameter: LocalParameter) -> None:
         self._member = member
-        self._tensor = parameter.tensor
+        self._tensor = parameter.trained
         # Master weights of fp32 parameters are the parameters themselves.
         self._has_master = parameter.tensor.dtype != torch.float32
-        self._held = parameter.tensor in member.model_param_gbuf_map
-        self.start = member._get_model_param_range_map(parameter.tensor)["param"].start if self._held else 0
+        self._held = False
+        self.start = 0
+        if self._tensor in member.model_param_gbuf_map:
+            shard = member._get_model_param_range_map(self._tensor)["param"]
+            first = max(shard.start, parameter.offset)
+            last = min(shard.end, parameter.offset + parameter.tensor.numel())
+            self._held = first < last
+            self.start = first - parameter.offset if self._held else 0
+            self._range = slice(first - shard.start, last - shard.start)
 
     def state_names(self) -> list[str]:
         return [*MOMENTS, "master"] if self._has_master else list(MOMENTS)
@@ -205,18 +216,15 @@ class _Part:
         if not self._held:
             return {name: empty for name in self.state_names()}, 0
         main, state, group = self._states()
-        values = {name: state.get(name, empty) for name in MOMENTS}
+        values = {name: state[name].flatten()[self._range] if name in state else empty for name in MOMENTS}
         if self._has_master:
-            values |= main
+            values |= {name: tensor.flatten()[self._range] for name, tensor in main.items()}
         return values, int(state.get("step", group.get("step", 0)))
 
     def write_master(self, exact: Tensor) -> None:
         """Copy this rank's range of the full local tensor into its master weight."""
         if self._held and self._has_master:
-            target = self._states()[0]["master"]
-            held = exact.flatten()[self.start : self.start + target.numel()]
-            with torch.no_grad():
-                target.copy_(held.view_as(target))
+            self._fill(self._states()[0]["master"], exact)
 
     def write(self, buffers: dict[str, Tensor], step: int) -> None:
         """Copy this rank's range out of the full local tensors and set the step count."""
@@ -224,13 +232,16 @@ class _Part:
             return
         main, state, group = self._states()
         for name, full in buffers.items():
-            target = main[name] if name == "master" else state[name]
-            target.copy_(full.flatten()[self.start : self.start + target.numel()].view_as(target))
+            self._fill(main[name] if name == "master" else state[name], full)
         if "step" in state:
             # One tensor per parameter: torch's AdamW increments it in place.
             state["step"] = torch.full_like(torch.as_tensor(state["step"]), float(step))
         else:
             group["step"] = step
+
+    def _fill(self, target: Tensor, full: Tensor) -> None:
+        held = target.detach().view(-1)[self._range]
+        held.copy_(full.detach().flatten()[self.start : self.start + held.numel()])
 
 
 def _assembled(values: Tensor, start: int, like: Tensor, group: Any, owner: int) -> Tensor:

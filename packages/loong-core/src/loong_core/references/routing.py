@@ -31,10 +31,7 @@ def route(logits: Tensor, top_k: int, *, normalise: bool, valid: Tensor | None =
     wide = logits.double() if logits.dtype == torch.float64 else logits.float()
     probabilities = torch.softmax(wide, dim=-1)
     chosen = probabilities.detach().topk(top_k, dim=-1).indices
-    if normalise:
-        weights = torch.softmax(wide.gather(-1, chosen), dim=-1)
-    else:
-        weights = probabilities.gather(-1, chosen)
+    weights = torch.softmax(wide.gather(-1, chosen), dim=-1) if normalise else probabilities.gather(-1, chosen)
     ones = torch.ones_like(chosen, dtype=torch.int32) if valid is None else valid[:, None].expand_as(chosen).int()
     counts = ones.new_zeros(logits.shape[-1]).scatter_add_(0, chosen.reshape(-1), ones.reshape(-1))
     counted = probabilities.detach() if valid is None else probabilities.detach() * valid[:, None]

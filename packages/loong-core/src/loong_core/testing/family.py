@@ -248,7 +248,8 @@ def _measure(rank: int, suite: type[FamilyContract], folder: Path) -> dict[str, 
     reference, batch = load_file(folder / "reference.safetensors"), _batch(run.config)
     with torch.no_grad():
         model: Any = engine.modules[0].eval()
-        logits = model(batch)[..., : run.shape.vocabulary]
+        inputs = {name: tensor for name, tensor in batch.items() if name != "targets"}
+        logits = model(inputs)[..., : run.shape.vocabulary]
         model.auxiliary_losses()  # read, as the engine does after every forward
     loss = engine.forward_backward([batch], 0)["loss"]
     gradients = {name.removeprefix("gradient "): tensor for name, tensor in reference.items() if " " in name}
@@ -296,10 +297,10 @@ def _packing_problems(family: ModelFamily, shape: ModelShape, tensors: Mapping[s
 
 def _gradient_errors(run: Any, engine: Any, gradients: Mapping[str, Tensor]) -> dict[str, float]:
     found = {}
-    for spec, parameter in engine.parameters():
+    for parameter in engine.parameters():
+        spec = parameter.spec
         exact = _packed(run.family, run.shape, spec, gradients)[1]
-        buffer = parameter.main_grad if hasattr(parameter, "main_grad") else parameter.grad
-        own = unshard([buffer], spec.axis, spec.blocks, spec.shape[spec.axis] if spec.padded else None)
+        own = unshard([parameter.gradient], spec.axis, spec.blocks, spec.shape[spec.axis] if spec.padded else None)
         found[spec.role] = float((own - exact).norm() / exact.norm().clamp(min=1e-8))
     return found
 

@@ -115,7 +115,7 @@ def _measure(rank: int, recipe: Mapping[str, Any], folder: Path) -> dict[str, An
     losses = []
     for step in range(STEPS):
         losses.append(engine.forward_backward(tiny.batches(run, step), step)["loss"])
-        gradients = [_gradient(p.tensor) for p in engine.parameters()]
+        gradients = [p.gradient for p in engine.parameters()]
         engine.step(run.recipe.optim.lr)
     losses.append(engine.evaluate(tiny.batches(run, STEPS))["loss"])
     optimizers = [item for item in gc.get_objects() if isinstance(item, torch.optim.Optimizer)]
@@ -130,11 +130,6 @@ def _measure(rank: int, recipe: Mapping[str, Any], folder: Path) -> dict[str, An
         "master": _dtypes(p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]),
         "optimizer_state": _dtypes(value for state in states for name, value in state.items() if name != "step"),
     }
-
-
-def _gradient(parameter: Any) -> Any:
-    """Where the engine accumulates: megatron-core's buffer, or torch's own."""
-    return getattr(parameter, "main_grad", None) if hasattr(parameter, "main_grad") else parameter.grad
 
 
 def _dtypes(tensors: Any) -> list[str]:

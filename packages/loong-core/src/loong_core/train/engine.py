@@ -33,17 +33,42 @@ class LossSum(NamedTuple):
 
 
 class LocalParameter(NamedTuple):
-    """A parameter this rank holds: what it is globally, and the local part of it (never a copy)."""
+    """A parameter this rank holds: what it is globally, and the local part of it (never a copy).
+
+    Several may lie in one trained tensor (the stacked experts of a layer): `tensor` then is a view of `owner` that
+    begins `offset` elements into it. Where `owner` is None, `tensor` itself is trained.
+    """
 
     spec: ParameterSpec
     tensor: Tensor
+    owner: Tensor | None = None
+    offset: int = 0
+
+    @property
+    def trained(self) -> Tensor:
+        """The leaf that autograd and the optimizer know."""
+        return self.tensor if self.owner is None else self.owner
 
     def assign(self, values: Tensor) -> None:
         """Set the local part to `values` (any dtype and device). What a parameter of lower precision cannot hold is
-        kept beside it, on the CPU, until the optimizer takes it for its master weights."""
+        kept beside it, on the CPU, until the optimizer takes it for its master weights (`take_exact`)."""
         self.tensor.detach().copy_(values)
         if values.dtype.itemsize > self.tensor.dtype.itemsize:
-            self.tensor.exact = values.detach().float().cpu()  # type: ignore[attr-defined]
+            self.trained.__dict__.setdefault("exact", {})[self.offset] = values.detach().float().cpu()
+
+    @property
+    def gradient(self) -> Tensor | None:
+        """Where the engine accumulates: the buffer megatron-core hung on the parameter, or torch's own."""
+        found = getattr(self.trained, "main_grad", None)
+        whole: Tensor | None = self.trained.grad if found is None else found
+        if whole is None:
+            return None
+        return whole.reshape(-1)[self.offset : self.offset + self.tensor.numel()].view(self.tensor.shape)
+
+    def take_exact(self) -> Tensor | None:
+        """The values last assigned, in float32, if the parameter could not hold them; they are handed out once."""
+        kept: dict[int, Tensor] = self.trained.__dict__.get("exact", {})
+        return kept.pop(self.offset, None)
 
 
 class Engine(Protocol):

@@ -12,6 +12,8 @@ from loong_core.train.init import initialise
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from torch import Tensor
+
     from loong_core.registry import Registry
     from loong_core.train.engine import Engine
     from loong_core.train.run import Run
@@ -38,9 +40,17 @@ def freeze(run: Run, engine: Engine) -> None:
         if not any(fnmatch.fnmatchcase(spec.role, pattern) for spec in run.shape.parameters):
             roles = ", ".join(sorted({spec.role for spec in run.shape.parameters})[:8])
             raise RecipeError(f"model.freeze: no parameter matches {pattern!r}. Roles look like: {roles}, ...")
+    matched: dict[Tensor, set[bool]] = {}
     for parameter in engine.parameters():
-        if any(fnmatch.fnmatchcase(parameter.spec.role, pattern) for pattern in patterns):
-            parameter.tensor.requires_grad_(False)
+        match = any(fnmatch.fnmatchcase(parameter.spec.role, pattern) for pattern in patterns)
+        matched.setdefault(parameter.trained, set()).add(match)
+        if len(matched[parameter.trained]) > 1:
+            raise RecipeError(
+                f"model.freeze: {parameter.spec.role} is trained together with the other experts of its layer, so they "
+                "freeze together. Use a pattern that matches all of them, as layers.3.moe.*."
+            )
+    for tensor, match in matched.items():
+        tensor.requires_grad_(match == {False})
 
 
 def format_of(folder: Path, registry: Registry) -> CheckpointFormat:

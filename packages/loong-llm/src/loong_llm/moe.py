@@ -1,0 +1,127 @@
+"""A mixture of experts over stacked weights: tokens go to experts by index, nothing is permuted or padded.
+
+Shape legend: t tokens of this rank, k experts chosen for each token, e experts held here, n hidden size, f size of an
+expert on this rank.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel import (
+    gather_from_sequence_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+    set_tensor_model_parallel_attributes,
+)
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from loong_core.ops import Ops
+    from loong_core.references.routing import Routing
+
+WIDEST_GATHER = 8
+"""Largest expert-parallel group among whose ranks all tokens are exchanged: about one node."""
+
+
+class Experts(nn.Module):
+    """All SwiGLU experts of a rank in two stacked weights: `up` [e,2f,n] and `down` [e,n,f]."""
+
+    ops: ClassVar[Ops]
+
+    def __init__(self, count: int, config: Any, pg_collection: Any = None, **_: Any) -> None:
+        """`count` experts; megatron-core's arguments."""
+        super().__init__()
+        cut = pg_collection.expt_tp.size()
+        size, where = config.moe_ffn_hidden_size // cut, {"device": torch.cuda.current_device()}
+        where["dtype"] = config.params_dtype
+        self.up = nn.Parameter(torch.empty(count, 2 * size, config.hidden_size, **where))
+        self.down = nn.Parameter(torch.empty(count, config.hidden_size, size, **where))
+        replicated = config.expert_model_parallel_size == 1 and cut == config.tensor_model_parallel_size
+        for weight, axis in ((self.up, 1), (self.down, 2)):
+            set_tensor_model_parallel_attributes(weight, True, axis, 1)
+            # Such gradients are reduced among the ranks that hold the same experts, not among all replicas.
+            weight.allreduce = replicated  # type: ignore[attr-defined]
+
+    def forward(
+        self,
+        hidden: Tensor,
+        tokens_per_expert: Tensor | None,
+        weights: Tensor,
+        chosen: Tensor | None = None,
+        *,
+        first: int = 0,
+        pairs: int | None = None,
+    ) -> tuple[Tensor, None]:
+        """hidden [t,n] through the experts `chosen` [t,k] with `weights` [t,k] -> ([t,n], no bias); see the op
+        `experts`. Without `chosen` tokens are sorted by expert, as megatron-core's dispatcher leaves them:
+        tokens_per_expert [e] and weights [t]."""
+        if chosen is None:
+            assert tokens_per_expert is not None, "either the choice or the counts say which expert serves a token"
+            counts = tokens_per_expert.to(hidden.device)
+            numbers = torch.arange(len(counts), device=hidden.device, dtype=torch.int32)
+            chosen = torch.repeat_interleave(numbers, counts, output_size=hidden.shape[0])[:, None]
+            weights = weights.reshape(-1, 1)
+        return type(self).ops.experts(hidden, self.up, self.down, weights, chosen, first=first, pairs=pairs), None
+
+
+class Mixture(MoELayer):
+    """Router, exchange and experts of a layer.
+
+    With the experts of a layer on few ranks (`gathers`), every rank takes the tokens of all of them and adds its own
+    experts' part; results are summed where the token lives. A token with 8 experts on 4 ranks visits nearly all of
+    them, so it travels once instead of twice, sizes are known without asking the device, and nothing is permuted.
+    Otherwise megatron-core's all-to-all dispatcher sends each (token, expert) pair.
+    """
+
+    def __init__(self, config: Any, *args: Any, gathers: bool, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        self.gathers = gathers
+        self.router.sparse = gathers
+
+    def forward(
+        self, hidden_states: Tensor, intermediate_tensors: Any = None, padding_mask: Any = None
+    ) -> tuple[Tensor, None]:
+        """hidden_states [s,b,n] -> ([s,b,n], no bias)."""
+        if not self.gathers:
+            return super().forward(hidden_states, intermediate_tensors, padding_mask)
+        hidden = hidden_states.reshape(-1, hidden_states.shape[-1])
+        routing = self.router(hidden)
+        if self.ep_group.size() == 1:
+            output, _ = self.experts(hidden, None, routing.weights, routing.experts)
+        else:
+            output = self._exchanged(hidden, routing)
+        return output.view(hidden_states.shape), None
+
+    def _exchanged(self, hidden: Tensor, routing: Routing) -> Tensor:
+        """hidden [t,n] -> [t,n] by the experts of all ranks."""
+        group, count = self.ep_group, self.num_local_experts
+        first = group.rank() * count
+        chosen = hidden.new_empty((group.size() * hidden.shape[0], routing.experts.shape[1]), dtype=torch.int32)
+        dist.all_gather_into_tensor(chosen, routing.experts.contiguous(), group=group)
+        here = HostNumber(((chosen >= first) & (chosen < first + count)).sum())
+        # While the tokens travel, the number of pairs reaches the host: waiting for it leaves no gap on the device.
+        weights = gather_from_sequence_parallel_region(routing.weights, group=group)
+        everyone = gather_from_sequence_parallel_region(hidden, group=group)
+        output, _ = self.experts(everyone, None, weights, chosen, first=first, pairs=int(here))
+        return reduce_scatter_to_sequence_parallel_region(output, group=group)
+
+
+class HostNumber:
+    """A number on its way from the device; `int()` waits for it, and for nothing that was started later."""
+
+    def __init__(self, value: Tensor) -> None:
+        self._event = None
+        self._value = value
+        if value.is_cuda:
+            self._value = torch.empty((), dtype=value.dtype, pin_memory=True)
+            self._value.copy_(value, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def __int__(self) -> int:
+        if self._event is not None:
+            self._event.synchronize()
+        return int(self._value)
