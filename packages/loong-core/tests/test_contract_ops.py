@@ -21,3 +21,21 @@ class TestCrossEntropy(OpContract):
     op = "cross_entropy"
     implementation = "torch"
     dtypes = ("float32", "bfloat16", "float16", "float64")
+
+
+class TestRotaryQkv(OpContract):
+    op = "rotary_qkv"
+    implementation = "torch"
+    dtypes = ("float32", "bfloat16", "float16", "float64")
+
+
+class TestSwiglu(OpContract):
+    op = "swiglu"
+    implementation = "torch"
+    dtypes = ("float32", "bfloat16", "float16", "float64")
+
+
+class TestRoute(OpContract):
+    op = "route"
+    implementation = "torch"
+    dtypes = ("float32", "bfloat16", "float16", "float64")

@@ -22,7 +22,7 @@ class Routing(NamedTuple):
 
 
 def route(logits: Tensor, top_k: int, *, normalise: bool, valid: Tensor | None = None) -> Routing:
-    """The `top_k` likeliest experts of every token: logits [t,e] -> see `Routing`.
+    """The `top_k` likeliest experts of every token, of equal ones the first: logits [t,e] -> see `Routing`.
 
     Weights are softmax probabilities over all experts; with `normalise` they are divided by their sum over the chosen
     ones. Computed in float32 (float64 stays). `valid` [t] bool says which tokens the statistics count; None: all.
@@ -30,7 +30,8 @@ def route(logits: Tensor, top_k: int, *, normalise: bool, valid: Tensor | None =
     """
     wide = logits.double() if logits.dtype == torch.float64 else logits.float()
     probabilities = torch.softmax(wide, dim=-1)
-    chosen = probabilities.detach().topk(top_k, dim=-1).indices
+    # A stable sort, not torch.topk: equal logits are common in bfloat16, and topk may return either.
+    chosen = wide.detach().sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
     weights = torch.softmax(wide.gather(-1, chosen), dim=-1) if normalise else probabilities.gather(-1, chosen)
     ones = torch.ones_like(chosen, dtype=torch.int32) if valid is None else valid[:, None].expand_as(chosen).int()
     counts = ones.new_zeros(logits.shape[-1]).scatter_add_(0, chosen.reshape(-1), ones.reshape(-1))

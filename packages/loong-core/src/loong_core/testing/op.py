@@ -1,8 +1,9 @@
-"""The contract of an op implementation: the definition's numbers, for the result and every gradient, on any input."""
+"""The contract of an op implementation: the definition's numbers, for all results and gradients, on any input."""
 
 from __future__ import annotations
 
 import contextlib
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from functools import cached_property
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from loong_core.testing.cases.case import Result
     from loong_core.testing.op_cases import OpCase
 
 
@@ -27,7 +29,8 @@ class OpContract(Contract):
     """Set `op` and `implementation`. `backend` and `device` are where it runs; of `dtypes` those are tried that it
     supports.
 
-    The measure is the declaration's: largest |difference| / largest |definition in float64|, per tensor.
+    The measure is the declaration's: largest |difference| / largest |definition in float64|, per tensor. Results of
+    integers have to be equal. Gradients are those of all differentiable results together.
     """
 
     required: ClassVar[tuple[str, ...]] = ("op", "implementation")
@@ -55,7 +58,7 @@ class OpContract(Contract):
         return row
 
     @cached_property
-    def function(self) -> Callable[..., Tensor]:
+    def function(self) -> Callable[..., Any]:
         """The implementation."""
         return resolve(self.row.target)  # type: ignore[no-any-return]
 
@@ -74,9 +77,21 @@ class OpContract(Contract):
             assert reason is None or (isinstance(reason, str) and reason), f"a reason is a text, not {reason!r}"
 
     def test_result_and_gradients(self, case: OpCase, dtype: str) -> None:
-        """Result and all gradients agree with the definition."""
+        """Results and all gradients agree with the definition."""
         if self.supports(dtype):
             self._compare(case, dtype, case.draw(_dtype(dtype), self.device))
+
+    def test_dtypes_of_results(self, case: OpCase, dtype: str) -> None:
+        """Every result has the dtype that the plain-torch reference gives it, and the name, where it has one."""
+        if not self.supports(dtype):
+            return
+        tensors = case.draw(_dtype(dtype), self.device)
+        reference = resolve(DECLARATIONS[self.op].reference)
+        expected = results(case.call(reference, {name: tensor.cpu() for name, tensor in tensors.items()}))
+        found = results(case.call(self.function, tensors))
+        assert {name: tensor.dtype for name, tensor in found.items()} == {
+            name: tensor.dtype for name, tensor in expected.items()
+        }
 
     def test_uninitialised_memory(self, case: OpCase) -> None:
         """It reads nothing it has not written: with every fresh allocation full of NaN the numbers are the same."""
@@ -84,9 +99,10 @@ class OpContract(Contract):
             self._compare(case, self._dtype(), case.draw(_dtype(self._dtype()), self.device))
 
     def test_non_contiguous_inputs(self, case: OpCase) -> None:
-        """Inputs may be views with any strides."""
-        tensors = case.draw(_dtype(self._dtype()), self.device)
-        self._compare(case, self._dtype(), {name: scattered(tensor) for name, tensor in tensors.items()})
+        """Inputs, and the gradients that backward is given, may be views with any strides."""
+        drawn = case.draw(_dtype(self._dtype()), self.device)
+        tensors = {name: scattered(tensor) for name, tensor in drawn.items()}
+        self._compare(case, self._dtype(), tensors, upstream_as=scattered)
 
     def test_inputs_stay_as_they_are(self, case: OpCase) -> None:
         """Neither the call nor its gradient writes into an input."""
@@ -112,7 +128,8 @@ class OpContract(Contract):
         tensors = case.draw(_dtype(self._dtype()), self.device)
         first, first_gradients = self._run(case, tensors)
         second, second_gradients = self._run(case, tensors)
-        assert _same(first, second), "two calls gave different results"
+        for name, result in first.items():
+            assert _same(result, second[name]), f"two calls gave different results: {name}"
         for name, gradient in first_gradients.items():
             assert _same(gradient, second_gradients[name]), f"two calls gave different gradients of {name}"
 
@@ -125,19 +142,30 @@ class OpContract(Contract):
         return OpRequest(backend=self.backend, dtype=dtype, degrees=degrees, fields={})
 
     def _run(
-        self, case: OpCase, tensors: dict[str, Tensor], only: str | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+        self,
+        case: OpCase,
+        tensors: dict[str, Tensor],
+        only: str | None = None,
+        upstream_as: Callable[[Tensor], Tensor] | None = None,
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Results by name, and gradients by input: of all `tensors`, or of `only` one of them."""
         inputs = {name: tensor.detach().requires_grad_(only in (None, name)) for name, tensor in tensors.items()}
-        output = case.call(self.function, inputs)
-        return output.detach(), _gradients(output, inputs)
+        found = results(case.call(self.function, inputs))
+        return found, _gradients(found, inputs, upstream_as)
 
-    def _compare(self, case: OpCase, dtype: str, tensors: dict[str, Tensor]) -> None:
-        output, gradients = self._run(case, tensors)
+    def _compare(
+        self,
+        case: OpCase,
+        dtype: str,
+        tensors: dict[str, Tensor],
+        upstream_as: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        output, gradients = self._run(case, tensors, upstream_as=upstream_as)
         wide = {name: tensor.detach().cpu().double().requires_grad_() for name, tensor in tensors.items()}
-        exact = case.exact(wide)
+        exact = results(case.exact(wide))
+        _check_form(output, exact)
         limit = DECLARATIONS[self.op].tolerances[dtype]
-        assert output.shape == exact.shape, f"result {tuple(output.shape)}, by definition {tuple(exact.shape)}"
-        found = {"result": error(output, exact.detach())}
+        found = {name: error(output[name], value) for name, value in exact.items()}
         for name, gradient in _gradients(exact, wide).items():
             assert gradients[name].dtype == tensors[name].dtype, f"gradient of {name} is {gradients[name].dtype}"
             found[f"gradient of {name}"] = error(gradients[name], gradient)
@@ -151,19 +179,60 @@ def _dtype(name: str) -> torch.dtype:
     return getattr(torch, name)  # type: ignore[no-any-return]
 
 
-def _gradients(output: Tensor, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Gradients of sum(output * c) for fixed, uneven c, of the inputs that require one."""
+def results(output: Result) -> dict[str, Tensor]:
+    """The results of a call by name: `result`, or the fields of a named tuple, or `result 0`, `result 1` ..."""
+    if not isinstance(output, tuple):
+        return {"result": output}
+    names = getattr(output, "_fields", None) or [f"result {index}" for index in range(len(output))]
+    return dict(zip(names, output, strict=True))
+
+
+def _check_form(output: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
+    """Names, shapes, kinds of numbers and which results carry gradients are the definition's."""
+    assert list(output) == list(exact), f"results {list(output)}, by definition {list(exact)}"
+    for name, value in exact.items():
+        got = output[name]
+        assert got.shape == value.shape, f"{name} {tuple(got.shape)}, by definition {tuple(value.shape)}"
+        assert got.is_floating_point() == value.is_floating_point(), f"{name} is {got.dtype}"
+        assert got.requires_grad == value.requires_grad, (
+            f"{name} {'carries' if got.requires_grad else 'lacks'} a gradient, by definition it is the other way round"
+        )
+
+
+def _gradients(
+    output: dict[str, Tensor], inputs: dict[str, Tensor], upstream_as: Callable[[Tensor], Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Gradients of the inputs that require one, of the sum of (result * c) with fixed, uneven c over all results."""
     import torch
 
-    upstream = torch.cos(torch.arange(output.numel(), dtype=torch.float64)).reshape(output.shape)
+    differentiable, upstream = [], []
+    for index, tensor in enumerate(output.values()):
+        if tensor.requires_grad:
+            numbers = torch.cos(torch.arange(tensor.numel(), dtype=torch.float64) + index).reshape(tensor.shape)
+            differentiable.append(tensor)
+            upstream.append((upstream_as or _as_it_is)(numbers.to(tensor)))
     wanted = {name: tensor for name, tensor in inputs.items() if tensor.requires_grad}
-    found = torch.autograd.grad(output, list(wanted.values()), upstream.to(output))
+    assert differentiable, "no result carries a gradient"
+    found = torch.autograd.grad(differentiable, list(wanted.values()), upstream, allow_unused=True)
+    missing = [name for name, gradient in zip(wanted, found, strict=True) if gradient is None]
+    assert not missing, f"no gradient arrives at: {', '.join(missing)}"
     return dict(zip(wanted, found, strict=True))
 
 
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
+
+
 def error(value: Tensor, exact: Tensor) -> float:
-    """Largest |difference| relative to the largest |exact| number; NaN where `value` has one."""
+    """Largest |difference| relative to the largest |exact| number; NaN where `value` has one.
+
+    Integers are equal (0) or not (infinite).
+    """
+    if not exact.is_floating_point():
+        return 0.0 if _same(value.detach().cpu().long(), exact.detach().long()) else math.inf
     value, exact = value.detach().cpu().double(), exact.detach().cpu().double()
+    if exact.numel() == 0:
+        return 0.0
     scale = float(exact.abs().max()) or 1.0
     return float((value - exact).abs().max()) / scale
 

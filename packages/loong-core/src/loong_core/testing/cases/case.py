@@ -10,19 +10,22 @@ import torch
 from torch import Tensor
 
 Tensors = Mapping[str, Tensor]
+Result = Tensor | tuple[Tensor, ...]
+"""What an op returns: one tensor, or several as a (named) tuple."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OpCase:
     """One call of an op. `tensors` are the differentiable inputs, in positional order; `others` are passed as they are.
 
-    `define(tensors, others)` is the op's definition for float64 tensors. `positional` names those of `others` that
-    follow the tensors by position; the rest are keywords.
+    `define(tensors, others)` is the op's definition for float64 tensors; results that it computes without gradient have
+    none. `positional` names what follows by position, of `others` and of those `tensors` that come after one of them;
+    the rest of `others` are keywords.
     """
 
     name: str
     tensors: Mapping[str, tuple[int, ...]]
-    define: Callable[[Tensors, Mapping[str, Any]], Tensor]
+    define: Callable[[Tensors, Mapping[str, Any]], Result]
     others: Mapping[str, Any] = field(default_factory=dict)
     positional: tuple[str, ...] = ()
     spread: float = 1.0
@@ -36,14 +39,16 @@ class OpCase:
         }
         return {name: tensor.to(dtype).to(device) for name, tensor in drawn.items()}
 
-    def call(self, function: Callable[..., Tensor], tensors: Tensors) -> Tensor:
+    def call(self, function: Callable[..., Any], tensors: Tensors) -> Result:
         """`function` on `tensors`, with the other arguments on the tensors' device."""
         device = next(iter(tensors.values())).device
-        others = {name: _to(value, device) for name, value in self.others.items()}
-        positional = [others.pop(name) for name in self.positional]
-        return function(*tensors.values(), *positional, **others)
+        values = {name: _to(value, device) for name, value in self.others.items()} | dict(tensors)
+        first = [values.pop(name) for name in tensors if name not in self.positional]
+        positional = [values.pop(name) for name in self.positional]
+        result: Result = function(*first, *positional, **values)
+        return result
 
-    def exact(self, tensors: Tensors) -> Tensor:
+    def exact(self, tensors: Tensors) -> Result:
         """The definition, on float64 tensors of the CPU."""
         return self.define(tensors, self.others)
 
