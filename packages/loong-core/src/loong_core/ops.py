@@ -109,6 +109,16 @@ DECLARATIONS: Mapping[str, OpDeclaration] = {
             tolerances={"float64": 1e-12, "float32": 1e-5, "bfloat16": 2e-2, "float16": 4e-3},
             summary="Every token through the SwiGLU experts chosen for it, summed with their weights.",
         ),
+        OpDeclaration(
+            name="adamw",
+            signature=(
+                "adamw(parameter[n], gradient[n], exp_avg[n], exp_avg_sq[n], remainder[n] or None, *, lr, betas, eps, "
+                "decay, step, scale[]) -> None, in place and without gradients"
+            ),
+            reference="loong_core.references.adamw:adamw",
+            tolerances={"float64": 1e-12, "float32": 1e-6, "bfloat16": 1e-6},
+            summary="One AdamW update; bfloat16 parameters with their master weights, as 16-bit remainders.",
+        ),
     )
 }
 """Shape legend: s query rows, t key rows, b batch, h query heads, g key-value heads, d, e head sizes, v vocabulary."""
@@ -147,6 +157,7 @@ class Ops:
     swiglu: Callable[[Tensor], Tensor]
     route: Callable[..., Any]
     experts: Callable[..., Tensor]
+    adamw: Callable[..., None]
 
     def __init__(self, functions: Mapping[str, Callable[..., Any]], choices: Mapping[str, OpChoice]) -> None:
         self.choices = dict(choices)

@@ -15,9 +15,9 @@ def split(master: Tensor) -> tuple[Tensor, Tensor]:
 
     Every bit pattern, subnormal numbers and the largest included, comes back from `join` exactly. That leaves no choice
     for a number halfway between two bfloat16: rounding half to even would give one pair of (rounded, remainder) to two
-    numbers, so halves are rounded away from zero. Round to nearest is signed, hence the signed remainder; only a NaN
-    whose payload lies in the low 16 bits alone looks like an infinity in `rounded`. Transformer Engine's FusedAdam keeps
-    the same pairs (`store_param_remainders`).
+    numbers, so halves are rounded away from zero. Rounding to the nearest is signed, hence the signed remainder. Only a
+    NaN whose payload lies in the low 16 bits alone looks like an infinity in `rounded`. Transformer Engine's FusedAdam
+    keeps the same pairs (`store_param_remainders`).
     """
     bits = master.detach().contiguous().view(torch.int32)
     rounded = ((bits + 0x8000) >> 16).to(torch.int16).view(torch.bfloat16)

@@ -17,6 +17,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from loong_core.testing.adamw import AdamWContract
     from loong_core.testing.backend import BackendContract
     from loong_core.testing.contract import Contract
     from loong_core.testing.engine import EngineContract
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from loong_core.testing.recipe import RecipeContract
 
 __all__ = [
+    "AdamWContract",
     "BackendContract",
     "Contract",
     "EngineContract",
