@@ -177,7 +177,6 @@ def build(shape: ModelShape, context: BuildContext) -> list[Decoder]:
 def configure(shape: ModelShape, context: BuildContext) -> TransformerConfig:
     """megatron-core's configuration of the model under the plan."""
     fields, plan, precision = shape.fields, context.plan, context.precision
-    fused = not context.device.startswith("cpu")
     return TransformerConfig(
         num_layers=shape.layers,
         hidden_size=fields["hidden"],
@@ -199,8 +198,9 @@ def configure(shape: ModelShape, context: BuildContext) -> TransformerConfig:
         params_dtype=getattr(torch, precision.parameters),
         bf16=precision.activations == "bfloat16",
         pipeline_dtype=getattr(torch, precision.activations),
-        bias_activation_fusion=fused,
-        bias_dropout_fusion=fused,
+        use_te_activation_func=True,  # megatron-core's name for an activation that the layer spec brings
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,  # without biases and dropout it is one addition, not worth compiling
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
         gradient_accumulation_fusion=False,

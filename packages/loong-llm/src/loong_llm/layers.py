@@ -18,6 +18,7 @@ from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor, nn
 
 from loong_llm.attention import HeadNorm, rotary_attention
 from loong_llm.moe import Experts, Mixture
@@ -50,7 +51,7 @@ def block(
     """
     norm = provider.layer_norm(rms_norm=True)
     attention = _attention(provider, ops, fields)
-    dense = _mlp(provider, fields)
+    dense = _mlp(provider, ops, fields)
     sparse = _experts(ops, router, gathers) if router is not None else None
     specs = [
         ModuleSpec(
@@ -84,10 +85,23 @@ def _attention(provider: Any, ops: Ops, fields: Mapping[str, Any]) -> ModuleSpec
     )
 
 
-def _mlp(provider: Any, fields: Mapping[str, Any]) -> Callable[..., Any]:
+class Activation(nn.Module):
+    """The op `swiglu` where megatron-core wants a module: [..., 2f] -> [..., f]."""
+
+    def __init__(self, ops: Ops, **_: Any) -> None:
+        super().__init__()
+        self._ops = ops
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Gate and value, side by side, to their product."""
+        return self._ops.swiglu(x)
+
+
+def _mlp(provider: Any, ops: Ops, fields: Mapping[str, Any]) -> Callable[..., Any]:
     return partial(
         MLP.as_mlp_submodule,
         submodules=MLPSubmodules(
+            activation_func=partial(Activation, ops),
             linear_fc1=has_bias(provider.column_parallel_linear(), fields["mlp_bias"]),
             linear_fc2=has_bias(provider.row_parallel_linear(), fields["mlp_bias"]),
         ),

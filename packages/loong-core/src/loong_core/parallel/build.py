@@ -19,9 +19,9 @@ class BuildContext:
     """Everything a builder may know of the run; it asks no global state.
 
     `layers` satisfies megatron-core's `BackendSpecProvider`; `groups` is its `ProcessGroupCollection`. `chunks` holds,
-    for every pipeline chunk of this rank in order, the global indices of its layers. The chunk with
-    `first[i]` owns the embedding, the one with `last[i]` the final norm and the head. `dispatch` is how tokens reach
-    experts on other ranks (`MegatronOptions`).
+    for every pipeline chunk of this rank in order, the global indices of its layers. The chunk with `first[i]` owns
+    the embedding, the one with `last[i]` the final norm and the head. `dispatch` is how tokens reach experts on other
+    ranks (`MegatronOptions`).
     """
 
     plan: ParallelPlan

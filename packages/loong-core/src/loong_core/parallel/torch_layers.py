@@ -50,6 +50,11 @@ class TorchNorm(torch.nn.Module):
         return normal.to(x.dtype)
 
 
+def norm(ops: Ops) -> type[TorchNorm]:
+    """The norm that calls this run's op. megatron-core builds classes, not partial functions, in some places."""
+    return type("TorchNorm", (TorchNorm,), {"rms_norm": staticmethod(ops.rms_norm)})
+
+
 class DuplicatedLinear(torch.nn.Module):
     """A linear layer whose whole weight is on every tensor-parallel rank; returns `(output, bias or None)`."""
 
@@ -87,8 +92,7 @@ class TorchLayerProvider:
 
     def __init__(self, ops: Ops) -> None:
         """`ops` are the run's bound ops: the norm and the attention of every layer."""
-        # megatron-core builds classes, not partial functions, in some places
-        self._norm = type("TorchNorm", (TorchNorm,), {"rms_norm": staticmethod(ops.rms_norm)})
+        self._norm = norm(ops)
         self._attention = core_attention(ops)
 
     def linear(self) -> type:
@@ -124,7 +128,8 @@ class TorchLayerProvider:
         return None
 
     def grouped_mlp_modules(self, moe_use_grouped_gemm: bool) -> Callable[..., Any]:
-        """Experts one after the other: torch has no grouped matmul on every device."""
+        """Experts one after the other: torch has no grouped matmul on every device. loong's families use the op
+        `experts` in its place."""
         return partial(
             SequentialMLP,
             submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
