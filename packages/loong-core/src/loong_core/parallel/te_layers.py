@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
