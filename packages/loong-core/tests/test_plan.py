@@ -55,6 +55,13 @@ REFUSALS: list[tuple[str, ModelShape, int, Recipe, list[str]]] = [
     ("ep without experts", DENSE, 2, recipe(ep=2), ["parallel.ep = 2", "no experts", "remove parallel.ep"]),
     ("etp without experts", DENSE, 2, recipe(etp=2), ["parallel.etp = 2", "no experts", "remove parallel.etp"]),
     ("expert ranks", SPARSE, 4, recipe(ep=3), ["parallel.etp x parallel.ep = 1 x 3 = 3", "4 devices", "1, 2, 4"]),
+    (
+        "gathered parts",
+        SPARSE,
+        4,
+        recipe(tp=2, etp=2, options={"dispatch": "gather"}),
+        ["dispatch = gather", "etp = 2", "alltoall"],
+    ),
     ("expert ranks of a stage", SPARSE, 4, recipe(ep=2, etp=2, pp=2), ["2 x 2 = 4 does not divide the 2 devices"]),
     ("experts need sp", SPARSE, 2, recipe(tp=2, sp=False), ["parallel.sp = false", "parallel.tp = 2", "true or auto"]),
     ("vpp without pp", DENSE, 2, recipe(vpp=2), ["parallel.vpp = 2", "parallel.pp is 1", "remove parallel.vpp"]),

@@ -13,10 +13,11 @@ if TYPE_CHECKING:
 
 @hookimpl
 def loong_ops() -> Iterable[OpImpl]:
-    """Triton kernels for every op that has one, on CUDA devices (and under Triton's interpreter, for tests)."""
+    """Triton kernels for every op that has one, on CUDA devices (and under Triton's interpreter, for tests), and what
+    other libraries of kernels do better."""
     from loong_core.types import OpImpl
 
-    return [
+    kernels = [
         OpImpl(
             op=op,
             name="triton",
@@ -27,7 +28,28 @@ def loong_ops() -> Iterable[OpImpl]:
         )
         for op, module in TRITON.items()
     ]
+    flash = OpImpl(
+        op="attention",
+        name="flash4",
+        target="loong_ops.flash_attention:attention",
+        backends=frozenset({"cuda"}),
+        supports="loong_ops.support:flash4",
+        rank=15,
+    )
+    quack = OpImpl(
+        op="experts",
+        name="quack",
+        target="loong_ops.quack_experts:experts",
+        backends=frozenset({"cuda"}),
+        supports="loong_ops.support:quack",
+        rank=5,
+    )
+    return [*kernels, flash, quack]
 
 
-TRITON: dict[str, str] = {}
+TRITON: dict[str, str] = {
+    "adamw": "adamw",
+    "cross_entropy": "cross_entropy",
+    "linear_cross_entropy": "linear_cross_entropy",
+}
 """Op -> the module of its Triton implementation; the function is named after the op."""

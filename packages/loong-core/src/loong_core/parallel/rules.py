@@ -117,6 +117,11 @@ def _experts(recipe: Recipe, degrees: Degrees, inventory: Inventory) -> Iterator
             f"the {stage} devices of a pipeline stage ({degrees.world} devices / parallel.pp {degrees.pp}): allowed "
             f"products here are {words(divisors_of(stage))}; lower parallel.ep or parallel.etp"
         )
+    if section.options.get("dispatch") == "gather" and degrees.etp > 1:
+        yield (
+            f"parallel.options.dispatch = gather with parallel.etp = {degrees.etp}: only whole experts are gathered for; "
+            "set dispatch to auto or alltoall, or parallel.etp to 1"
+        )
     if degrees.tp > 1 and not degrees.sp:
         yield (
             f"parallel.sp = false with parallel.tp = {degrees.tp}: megatron-core trains mixture-of-experts layers "
