@@ -119,8 +119,9 @@ def _experts(recipe: Recipe, degrees: Degrees, inventory: Inventory) -> Iterator
         )
     if section.options.get("dispatch") == "gather" and degrees.etp > 1:
         yield (
-            f"parallel.options.dispatch = gather with parallel.etp = {degrees.etp}: only whole experts are gathered for; "
-            "set dispatch to auto or alltoall, or parallel.etp to 1"
+            f"parallel.options.dispatch = gather with parallel.etp = {degrees.etp}: only whole "
+            "experts are gathered for; allowed here auto, alltoall; "
+            "set one of them, or parallel.etp to 1"
         )
     if degrees.tp > 1 and not degrees.sp:
         yield (
