@@ -223,7 +223,8 @@ class OpImpl:
 
 
 class OpRequest(NamedTuple):
-    """What an op implementation is asked to serve: the backend, the run's activation dtype, and the plan's degrees."""
+    """What an op implementation is asked to serve: the backend, the run's activation dtype, the plan's degrees, and the
+    model's settings (`ModelShape.fields`, and the run's `dropout` among them)."""
 
     backend: str
     dtype: str

@@ -125,7 +125,7 @@ def _plan(
     plan = make and findings.attempt("parallel", lambda: make(model.shape, recipe, cluster, policy), doubtful)
     if plan is None:
         findings.raise_all()
-    request = op_request(chosen.backend, policy, plan, model.shape)
+    request = op_request(chosen.backend, policy, plan, model.shape, recipe)
     capabilities = chosen.backend.capabilities
     choices = findings.attempt(
         "ops", lambda: ops.choose(registry.ops(), request, _known(recipe, registry), capabilities)
@@ -187,10 +187,13 @@ def probe_of(backend: Backend) -> Probe:
         return Probe(devices=0, reason=f"its probe failed: {text}")
 
 
-def op_request(backend: Backend, policy: PrecisionPolicy, plan: ParallelPlan, shape: ModelShape) -> OpRequest:
+def op_request(
+    backend: Backend, policy: PrecisionPolicy, plan: ParallelPlan, shape: ModelShape, recipe: Recipe
+) -> OpRequest:
     """What op implementations are asked to serve in this run."""
     degrees = {name: int(getattr(plan, name)) for name in ("tp", "sp", "pp", "vpp", "cp", "ep", "etp", "dp")}
-    return OpRequest(backend=backend.name, dtype=policy.activations, degrees=degrees, fields=shape.fields)
+    fields = {**shape.fields, "dropout": recipe.model.dropout}
+    return OpRequest(backend=backend.name, dtype=policy.activations, degrees=degrees, fields=fields)
 
 
 def resolve_recipe(recipe: Recipe, plan: ParallelPlan, cluster: Cluster, choices: Mapping[str, OpChoice]) -> Recipe:

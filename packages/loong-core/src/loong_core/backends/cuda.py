@@ -39,6 +39,10 @@ PEAK_FLOPS: tuple[tuple[str, dict[str, float]], ...] = (
 """Dense peaks (no sparsity) from NVIDIA's data sheets, FLOP/s per device; the first name found in the device's wins."""
 
 
+_CAPABILITY = (75, 76)
+"""CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR."""
+
+
 class _Driver:
     """The few entry points of the driver that a probe needs. Every failure is an OSError in words."""
 
@@ -72,6 +76,16 @@ class _Driver:
         self.call("cuDeviceTotalMem_v2", ctypes.byref(memory), device)
         return name.value.decode(errors="replace"), memory.value
 
+    def capability(self, index: int) -> tuple[int, int]:
+        """Compute capability of one device, major and minor."""
+        device, found = ctypes.c_int(0), []
+        self.call("cuDeviceGet", ctypes.byref(device), ctypes.c_int(index))
+        for attribute in _CAPABILITY:
+            value = ctypes.c_int(0)
+            self.call("cuDeviceGetAttribute", ctypes.byref(value), ctypes.c_int(attribute), device)
+            found.append(value.value)
+        return found[0], found[1]
+
 
 def probe() -> Probe:
     """The visible CUDA devices: their number, and name and memory (bytes) of the smallest. Never raises.
@@ -93,6 +107,14 @@ def probe() -> Probe:
         return Probe(devices=0, reason=str(error))
     name, memory = min(found, key=lambda item: item[1])
     return Probe(devices=number, memory=memory, device_name=name)
+
+
+def compute_capability() -> tuple[int, int] | None:
+    """The lowest compute capability of the visible CUDA devices, as (9, 0); None where there is none."""
+    if probe().devices == 0:
+        return None
+    driver = _Driver()
+    return min(driver.capability(index) for index in range(driver.count()))
 
 
 def setup(local_rank: int) -> str:
