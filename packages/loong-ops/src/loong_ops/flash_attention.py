@@ -1,4 +1,4 @@
-"""The attention op by FlashAttention-4 (CuTe DSL): it reads and writes the layers' own layout, so that nothing is copied.
+"""The attention op by FlashAttention-4 (CuTe DSL): it reads and writes the layers' own layout, so nothing is copied.
 
 The two functions called are those that torch's own binding (`torch.nn.attention._fa4`) calls: unlike the package's
 front door they take the memory to write to. So results and gradients arrive in the layers' order of dims, and the
@@ -34,8 +34,8 @@ def attention(
     rows: tuple[Tensor, Tensor] | None = None,
     segments: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """As `loong_core.references.attention.attention`, without `rows`: query [s,b,h,d], key [s,b,g,d], value [s,b,g,e] ->
-    [s,b,h*e]. Tokens of a segment must follow one another, as packing lays them out.
+    """As the reference, without `rows`: query [s,b,h,d], key [s,b,g,d], value [s,b,g,e] -> [s,b,h*e]. Tokens of a
+    segment must follow one another, as packing lays them out.
 
     With torch's deterministic algorithms on, gradients are the same bits in every call; otherwise partial sums of dQ
     (and, with grouped heads, of dK and dV) are added in the order in which they are done.
@@ -53,8 +53,8 @@ def attention(
     s, b = query.shape[:2]
     found = packing(segments[0])
     # One row is a view. Several have to be laid end to end: kernels want a sequence's tokens one after the other.
-    parts = (part.transpose(0, 1).reshape(b * s, 1, *part.shape[2:]) for part in (query, key, value))
-    out = _run(*parts, scale, found).reshape(b, s, -1).transpose(0, 1)
+    query, key, value = (part.transpose(0, 1).reshape(b * s, 1, *part.shape[2:]) for part in (query, key, value))
+    out = _run(query, key, value, scale, found).reshape(b, s, -1).transpose(0, 1)
     return out.masked_fill(found.padding, 0.0) if found.inner and found.padding is not None else out
 
 

@@ -1,1 +1,1 @@
-"""What `loong bench ops` measures: a module per op or family of ops, with a function `rows`. Nothing is allocated here."""
+"""What `loong bench ops` measures: a module per op, with a function `rows`. Importing one allocates nothing."""
