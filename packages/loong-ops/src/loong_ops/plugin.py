@@ -48,8 +48,10 @@ def loong_ops() -> Iterable[OpImpl]:
 
 
 TRITON: dict[str, str] = {
+    "experts": "experts",
     "adamw": "adamw",
     "cross_entropy": "cross_entropy",
     "linear_cross_entropy": "linear_cross_entropy",
+    "rotary_qkv": "rotary_qkv",
 }
 """Op -> the module of its Triton implementation; the function is named after the op."""
