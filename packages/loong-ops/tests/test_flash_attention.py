@@ -238,10 +238,7 @@ CASES = (
 )
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(cuda.probe().devices == 0, reason="needs a CUDA device")
-@pytest.mark.skipif(support._flash4_packages()["flash_attn.cute"] is False, reason="needs flash-attn-4")
-class TestFlash4(OpContract):
+class Flash4(OpContract):
     op = "attention"
     implementation = "flash4"
     backend = "cuda"
@@ -254,10 +251,24 @@ class TestFlash4(OpContract):
         if "dtype" in metafunc.fixturenames:
             metafunc.parametrize("dtype", self.dtypes)
 
-    def test_deterministic(self, case: OpCase) -> None:
-        """The same bits where torch is asked for them: by default, gradients of grouped heads add up in any order."""
+
+without_it = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(cuda.probe().devices == 0, reason="needs a CUDA device"),
+    pytest.mark.skipif(not all(support._flash4_packages().values()), reason="needs flash-attn-4"),
+]
+
+
+class TestFlash4(Flash4):
+    pytestmark = without_it
+    deterministic = False  # gradients of several blocks are added in any order
+
+
+class TestFlash4Deterministic(Flash4):
+    pytestmark = without_it
+
+    @pytest.fixture(autouse=True)
+    def asked_for(self):
         torch.use_deterministic_algorithms(True)
-        try:
-            super().test_deterministic(case)
-        finally:
-            torch.use_deterministic_algorithms(False)
+        yield
+        torch.use_deterministic_algorithms(False)
