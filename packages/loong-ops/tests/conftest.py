@@ -1,4 +1,4 @@
-"""Kernels run on a CUDA device where there is one, otherwise under Triton's interpreter, which must be asked for first."""
+"""Kernels run on a CUDA device where there is one, otherwise under Triton's interpreter, to be asked for before."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from loong_core.backends import cuda
 
 
 def let_loops_end_at_an_argument() -> None:
-    """Triton 3.6's interpreter turns the one-element array of a scalar into an index by int(), which NumPy 2.5 refuses."""
+    """Triton 3.6's interpreter makes an index of a scalar's one-element array by int(), which NumPy 2.5 refuses."""
     from triton.runtime import interpreter
 
     patch_tensor: Any = interpreter._patch_lang_tensor

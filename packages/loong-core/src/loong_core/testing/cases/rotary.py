@@ -59,14 +59,14 @@ def _rotary(
 
 CASES = (
     _rotary("one_row", 1, 1, 1, 1, 2, norms="query key"),
-    _rotary("plain", 5, 2, 4, 2, 8),
-    _rotary("normed", 5, 2, 4, 2, 16, norms="query key"),
-    _rotary("only_queries_normed", 3, 1, 6, 2, 8, norms="query"),
-    _rotary("only_keys_normed", 3, 1, 6, 2, 8, norms="key"),
-    _rotary("odd_head", 7, 1, 3, 1, 10, norms="query key"),
-    _rotary("partly_rotated", 4, 2, 6, 3, 20, 6, norms="query key"),
+    _rotary("plain", 2, 2, 4, 2, 8),
+    _rotary("normed", 2, 2, 4, 2, 16, norms="query key"),
+    _rotary("only_queries_normed", 2, 1, 6, 2, 8, norms="query"),
+    _rotary("only_keys_normed", 2, 1, 6, 2, 8, norms="key"),
+    _rotary("odd_head", 3, 1, 3, 1, 10, norms="query key"),
+    _rotary("partly_rotated", 2, 1, 6, 3, 20, 6, norms="query key"),
     _rotary("head_of_96", 3, 1, 5, 1, 96, 48, norms="query key"),
-    _rotary("many_rows", 35, 2, 2, 2, 4, norms="query key"),
-    _rotary("tiny_values", 3, 2, 4, 2, 12, norms="query key", spread=1e-3),
+    _rotary("many_rows", 7, 1, 1, 1, 4, norms="query key"),
+    _rotary("tiny_values", 2, 1, 4, 2, 12, norms="query key", spread=1e-3),
     _rotary("no_rows", 0, 2, 4, 2, 8, norms="query key"),
 )

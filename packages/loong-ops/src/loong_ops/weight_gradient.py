@@ -1,0 +1,17 @@
+"""Where a weight's gradient goes: into the engine's float32 buffer if the weight has one, to autograd otherwise."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from loong_core.parallel.gradient_buffer import buffer_of, mark_added
+
+
+def delivered(weight: Tensor, gradient: Tensor) -> Tensor | None:
+    """What backward returns for `weight`, whose float32 gradient is `gradient`: None once it lies in the buffer."""
+    buffer = buffer_of(weight)
+    if buffer is None:
+        return gradient.to(weight.dtype)
+    buffer.add_(gradient)
+    mark_added(weight)
+    return None
