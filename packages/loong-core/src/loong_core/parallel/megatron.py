@@ -1,8 +1,8 @@
-"""The megatron engine: megatron-core's groups, schedules, gradient buffers and optimizer behind the `Engine` protocol.
+"""The megatron engine: megatron-core's groups, schedules and gradient buffers behind the `Engine` protocol.
 
 Only this file initialises megatron's parallel state. The gradient is that of the mean over all counted elements of
-the global batch: every micro-batch contributes a sum, and the division by the global count happens once, after the
-reduction (megatron's `calculate_per_token_loss`), so the cut over ranks and micro-batches does not change it.
+the global batch: every micro-batch contributes a sum (megatron's `calculate_per_token_loss`), and the division by the
+global count happens once, in the update, so the cut over ranks and micro-batches does not change it.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from loong_core.parallel import megatron_state
+from loong_core.parallel import megatron_state, segments
+from loong_core.parallel.adamw import ShardedAdamW
 from loong_core.parallel.build import BuildContext, LossContext
 from loong_core.parallel.context import slice_batch
 from loong_core.parallel.options import MegatronOptions
@@ -96,7 +96,9 @@ class MegatronEngine:
             ops=run.ops, tensor_group=groups.tp, vocabulary=run.shape.vocabulary, plan=run.plan
         )
         self._wrapped: list[DistributedDataParallel] = []
-        self._optimizer: Any = None
+        self._optimizer: ShardedAdamW | None = None
+        self.gradient_scale = torch.ones((), device=self.device)
+        """What the gradient buffers are to be multiplied by: they hold the gradient of the loss's sum."""
         self._schedule = get_forward_backward_func()
         self._names: list[str] | None = None
 
@@ -122,30 +124,13 @@ class MegatronEngine:
             )
             for index, module in enumerate(self.modules)
         ]
-        half = self._run.precision.parameters == "bfloat16"
-        self._optimizer = get_megatron_optimizer(
-            OptimizerConfig(
-                optimizer="adam",
-                lr=section.lr,
-                weight_decay=section.weight_decay,
-                adam_beta1=section.betas[0],
-                adam_beta2=section.betas[1],
-                adam_eps=section.eps,
-                # No clipping still wants the norm, which megatron computes only while it clips.
-                clip_grad=float("inf") if section.clip is None else section.clip,
-                bf16=half,
-                params_dtype=torch.bfloat16 if half else torch.float32,
-                use_distributed_optimizer=True,
-                overlap_param_gather=overlap,
-            ),
-            cast(Any, self._wrapped),
-            use_gloo_process_groups=False,
+        self._optimizer = ShardedAdamW(
+            self._wrapped, self.groups, section, self._run.precision, self._run.ops.adamw, self.device
         )
         megatron_state.set_masters(self, self._optimizer)
         for module in self.modules:
             config = cast(Any, module).config
-            config.finalize_model_grads_func = finalize_model_grads
-            config.grad_scale_func = self._optimizer.scale_loss
+            config.finalize_model_grads_func = self._finish_gradients
             if overlap:
                 config.no_sync_func = self._per_chunk([chunk.no_sync for chunk in self._wrapped])
                 config.param_sync_func = self._per_chunk([chunk.start_param_sync for chunk in self._wrapped])
@@ -161,8 +146,17 @@ class MegatronEngine:
         for chunk in self._wrapped:
             chunk.train()
             chunk.zero_grad_buffer()
-        self._optimizer.zero_grad()
         return self._sweep(cast(Any, self._wrapped), batches, forward_only=False)
+
+    def _finish_gradients(self, chunks: Any, counted: Tensor | None, **others: Any) -> None:
+        """Reduce the gradients. The division by the global count is left to the update: it would be one more pass over
+        the buffers. Only the last pipeline stage has counted."""
+        finalize_model_grads(chunks, None, **others)
+        if counted is None:  # a builder without `calculate_per_token_loss`: every micro-batch was divided already
+            return
+        dist.broadcast(counted, src=dist.get_global_rank(self.groups.pp, self.plan.pp - 1), group=self.groups.pp)
+        dist.all_reduce(counted, group=self.groups.dp_cp)
+        self.gradient_scale = 1.0 / counted.clamp(min=1)
 
     def evaluate(self, batches: Sequence[Batch]) -> dict[str, float]:
         """Loss of `batches` in evaluation mode, without gradients."""
@@ -188,10 +182,19 @@ class MegatronEngine:
         return self._reduced(reports)
 
     def _forward_step(self, batches: Iterator[Batch], chunk: Any) -> tuple[Tensor, Any]:
-        batch = slice_batch(next(batches), self.plan.cp, self.groups.cp.rank())
-        batch = {name: tensor.to(self._run.device, non_blocking=True) for name, tensor in batch.items()}
+        batch = self._on_device(slice_batch(next(batches), self.plan.cp, self.groups.cp.rank()))
         module = chunk.module if isinstance(chunk, DistributedDataParallel) else chunk
         return chunk(batch), partial(self._loss_sum, batch, module)
+
+    def _on_device(self, batch: Batch) -> Batch:
+        """The batch where the model is. Copies come from pinned memory: from any other the host waits for them, and for
+        all that the device still has to do."""
+        pinned = torch.device(self.device).type == "cuda"
+        host = {name: tensor.pin_memory() if pinned else tensor for name, tensor in batch.items()}
+        moved = {name: tensor.to(self.device, non_blocking=True) for name, tensor in host.items()}
+        if "segments" in moved:
+            segments.prepare(batch["segments"], moved["segments"])
+        return moved
 
     def _loss_sum(self, batch: Batch, module: Any, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         result = self._loss(output, batch, self._loss_context)
@@ -209,11 +212,10 @@ class MegatronEngine:
     def _reduced(self, reports: list[dict[str, Tensor]]) -> dict[str, float]:
         """Sums over micro-batches and ranks, as means over counted elements. Ranks that hold no output add zeros."""
         names = self._report_names(reports)
-        sums = torch.zeros(len(names), dtype=torch.float64)
+        sums = torch.zeros(len(names), dtype=torch.float64, device=self.device)
         if self.groups.tp.rank() == 0:
             for report in reports:
-                sums += torch.stack([report[name].detach().double().cpu() for name in names])
-        sums = sums.to(self._run.device)
+                sums += torch.stack([report[name].detach().double() for name in names])
         dist.all_reduce(sums)
         values = dict(zip(names, sums.tolist(), strict=True))
         counted = values.pop("count")
@@ -237,13 +239,8 @@ class MegatronEngine:
 
     def step(self, lr: float) -> float:
         """One AdamW update at learning rate `lr`; returns the global gradient norm before clipping."""
-        decay = self._run.recipe.optim.weight_decay
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
-            # megatron marks biases and norms with wd_mult 0 and leaves it to its scheduler, unused here, to apply that.
-            group["weight_decay"] = decay * group.get("wd_mult", 1.0)
-        _, norm, _ = self._optimizer.step()
-        return float(norm)
+        assert self._optimizer is not None
+        return self._optimizer.step(lr, self.gradient_scale)
 
     # ------------------------------------------------------------------------------------- parameters
     def parameters(self) -> Iterable[LocalParameter]:
@@ -295,12 +292,14 @@ class MegatronEngine:
         if self._run.shape.tied_embeddings and self.plan.pp > 1 and self.groups.pp.rank() in (0, self.plan.pp - 1):
             self._copy_tied()
         if self._optimizer is not None:
-            self._optimizer.reload_model_params()
+            self._optimizer.take_parameters()
+            megatron_state.set_masters(self, self._optimizer)
 
     def _copy_tied(self) -> None:
         """Send the embedding of the first stage to its copy on the last, in full precision: both have a master."""
         mine = [p for p in self.state_parameters() if p.spec.role == "embed"][-1]
-        values = getattr(mine.tensor, "exact", mine.tensor.detach()).float().to(self._run.device)
+        exact = mine.take_exact()
+        values = (mine.tensor.detach() if exact is None else exact).float().to(self._run.device)
         dist.broadcast(values, src=dist.get_global_rank(self.groups.pp, 0), group=self.groups.embd)
         mine.assign(values)
 

@@ -19,23 +19,24 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue
 
 from loong_core.errors import CheckpointError
+from loong_core.parallel.adamw import MASTER
 from loong_core.parallel.metadata_guard import require_harmless
+from loong_core.references.adamw import split
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from loong_core.parallel.adamw import ShardedAdamW
     from loong_core.parallel.megatron import MegatronEngine
     from loong_core.train.engine import LocalParameter
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 STEP_FILE = "optimizer_step.json"
 
 
-def save(folder: Path, engine: MegatronEngine, optimizer: Any) -> None:
+def save(folder: Path, engine: MegatronEngine, optimizer: ShardedAdamW | None) -> None:
     """Write weights, master weights where they differ, and moments. Every tensor is written by one rank only, and
     the ranks of a replica group share the work."""
     tensors: dict[str, ShardedTensor] = {}
-    steps = []
     owners = _Owners(engine)
     for parameter in engine.state_parameters():
         owned = owners.owns(parameter)
@@ -45,67 +46,66 @@ def save(folder: Path, engine: MegatronEngine, optimizer: Any) -> None:
         part = _optimizer_part(optimizer, parameter)
         if part is None:
             continue
-        states, step = part.read(weight)
-        steps.append(step)
-        for name, values in states.items():
-            full = _assembled(values, part.start, weight, engine.replica_group(parameter), owners.owner(parameter))
+        for name in part.names:
+            group = engine.replica_group(parameter)
+            full = _assembled(part.read(name), part.start, weight, group, owners.owner(parameter))
             if owned:
-                _put(tensors, engine, parameter, name, full)
+                # Moments are written from where they are; a device has no room for all masters in full.
+                _put(tensors, engine, parameter, name, full.cpu() if name == MASTER else full)
     if torch.device(engine.device).type == "cpu":
         # megatron's writer passes results through a manager process, spawned by default: that imports the main module
         # again, seconds on every rank. A fork is safe where no device context is copied.
         get_write_results_queue("fork")
     dist_checkpointing.save(tensors, str(folder), async_strategy="mcore", validate_access_integrity=True)
     if dist.get_rank() == 0:
-        (folder / STEP_FILE).write_text(json.dumps({"step": max(steps, default=0)}))
+        (folder / STEP_FILE).write_text(json.dumps({"step": 0 if optimizer is None else optimizer.steps}))
     dist.barrier()
 
 
-def load(folder: Path, engine: MegatronEngine, optimizer: Any) -> None:
+def load(folder: Path, engine: MegatronEngine, optimizer: ShardedAdamW | None) -> None:
     """Read what `save` wrote. Each rank reads the parts of its own parameters; `optimizer=None` reads weights alone."""
     require_harmless(folder)
     parameters = engine.state_parameters()
-    if optimizer is not None:
-        for member in _members(optimizer):
-            if not member.is_stub_optimizer:
-                member._init_optimizer_states_with_dummy_values()
     wanted: dict[str, ShardedTensor] = {}
     plans: list[tuple[LocalParameter, dict[str, Tensor], _Part | None]] = []
     for parameter in parameters:
         part = _optimizer_part(optimizer, parameter)
-        names = ["weight"] if part is None else ["weight", *part.state_names()]
+        names = ["weight"] if part is None else ["weight", *part.names]
         buffers = {}
         for name in names:
             dtype = parameter.tensor.dtype if name == "weight" else torch.float32
-            buffers[name] = torch.zeros(parameter.tensor.shape, dtype=dtype, device=parameter.tensor.device)
+            # In host memory: beside weights, gradients and state a device has no room for them a second time.
+            buffers[name] = torch.zeros(parameter.tensor.shape, dtype=dtype)
             _put(wanted, engine, parameter, name, buffers[name])
         plans.append((parameter, buffers, part))
     try:
         loaded = dist_checkpointing.load(wanted, str(folder), validate_access_integrity=False)
     except (OSError, KeyError, ValueError, RuntimeError, dist_checkpointing.core.CheckpointingException) as error:
         raise CheckpointError(f"{folder}: the sharded state cannot be read under this layout: {error}") from error
-    step_file = folder / STEP_FILE
-    step = json.loads(step_file.read_text())["step"] if step_file.is_file() else 0
     with torch.no_grad():
         for parameter, buffers, part in plans:
             for name in buffers:
                 _take(loaded, engine, parameter, name, buffers[name])
             parameter.tensor.copy_(buffers.pop("weight"))
             if part is not None:
-                part.write(buffers, step)
+                part.write(buffers)
+    if optimizer is not None:
+        step_file = folder / STEP_FILE
+        optimizer.steps = json.loads(step_file.read_text())["step"] if step_file.is_file() else 0
 
 
-def set_masters(engine: MegatronEngine, optimizer: Any) -> None:
+def set_masters(engine: MegatronEngine, optimizer: ShardedAdamW) -> None:
     """Give master weights the exact float32 values that were rounded into the parameters (`LocalParameter.assign`).
 
     Masters on the grid of bfloat16 would all wait until updates add up to half a step of that grid: training with a
     small learning rate starts late.
     """
-    for parameter in engine.state_parameters():
-        exact = parameter.take_exact()
-        part = None if exact is None else _optimizer_part(optimizer, parameter)
-        if part is not None:
-            part.write_master(exact)
+    with torch.no_grad():
+        for parameter in engine.state_parameters():
+            exact = parameter.take_exact()
+            part = None if exact is None else _optimizer_part(optimizer, parameter)
+            if exact is not None and part is not None and MASTER in part.names:
+                part.write({MASTER: exact})
 
 
 # ------------------------------------------------------------------------------------- naming and cutting
@@ -166,86 +166,50 @@ def _identity(parameter: LocalParameter) -> tuple[int, int]:
 
 
 # ------------------------------------------------------------------------------------------ the optimizer
-def _members(optimizer: Any) -> list[Any]:
-    return list(getattr(optimizer, "chained_optimizers", None) or [optimizer])
-
-
-def _optimizer_part(optimizer: Any, parameter: LocalParameter) -> _Part | None:
+def _optimizer_part(optimizer: ShardedAdamW | None, parameter: LocalParameter) -> _Part | None:
     """This rank's piece of a parameter's optimizer state; None where the parameter is frozen or there is none."""
-    if optimizer is None or not parameter.trained.requires_grad:
+    if optimizer is None or not optimizer.trains(parameter.trained):
         return None
-    for member in _members(optimizer):
-        # The buffers know every parameter of the replica, megatron's range maps only those with a range on this rank.
-        if not member.is_stub_optimizer and any(
-            parameter.trained in buffer.param_index_map for buffer in member.buffers
-        ):
-            return _Part(member, parameter)
-    return None
+    return _Part(optimizer, parameter)
 
 
 class _Part:
     """The range of a flattened parameter whose master weight and moments live on this rank (it may be empty)."""
 
-    def __init__(self, member: Any, parameter: LocalParameter) -> None:
-        self._member = member
-        self._tensor = parameter.trained
-        # Master weights of fp32 parameters are the parameters themselves.
-        self._has_master = parameter.tensor.dtype != torch.float32
-        self._held = False
+    def __init__(self, optimizer: ShardedAdamW, parameter: LocalParameter) -> None:
+        self.names = optimizer.state_names
         self.start = 0
-        if self._tensor in member.model_param_gbuf_map:
-            shard = member._get_model_param_range_map(self._tensor)["param"]
-            first = max(shard.start, parameter.offset)
-            last = min(shard.end, parameter.offset + parameter.tensor.numel())
-            self._held = first < last
-            self.start = first - parameter.offset if self._held else 0
-            self._range = slice(first - shard.start, last - shard.start)
+        self._parameter = parameter
+        self._shard = optimizer.shard(parameter.trained)
+        self._range = slice(0, 0)
+        if self._shard is not None:
+            first = max(self._shard.start, parameter.offset)
+            last = min(self._shard.stop, parameter.offset + parameter.tensor.numel())
+            if first < last:
+                self.start = first - parameter.offset
+                self._range = slice(first - self._shard.start, last - self._shard.start)
 
-    def state_names(self) -> list[str]:
-        return [*MOMENTS, "master"] if self._has_master else list(MOMENTS)
+    def read(self, name: str) -> Tensor:
+        """What this rank holds of a moment or master weight, flat and in float32; nothing where it holds none."""
+        if self._shard is None:
+            return torch.zeros(0, dtype=torch.float32, device=self._parameter.tensor.device)
+        return self._shard.read(name, self._range).float()
 
-    def _states(self) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
-        group, order = self._member.model_param_group_index_map[self._tensor]
-        inner = self._member.optimizer
-        main = inner.param_groups[group]["params"][order]
-        return {"master": main}, inner.state[main], inner.param_groups[group]
-
-    def read(self, like: Tensor) -> tuple[dict[str, Tensor], int]:
-        """The held ranges by name (empty tensors where nothing is held or nothing was stepped yet), and the step."""
-        empty = torch.zeros(0, dtype=torch.float32, device=like.device)
-        if not self._held:
-            return {name: empty for name in self.state_names()}, 0
-        main, state, group = self._states()
-        values = {name: state[name].flatten()[self._range] if name in state else empty for name in MOMENTS}
-        if self._has_master:
-            values |= {name: tensor.flatten()[self._range] for name, tensor in main.items()}
-        return values, int(state.get("step", group.get("step", 0)))
-
-    def write_master(self, exact: Tensor) -> None:
-        """Copy this rank's range of the full local tensor into its master weight."""
-        if self._held and self._has_master:
-            self._fill(self._states()[0]["master"], exact)
-
-    def write(self, buffers: dict[str, Tensor], step: int) -> None:
-        """Copy this rank's range out of the full local tensors and set the step count."""
-        if not self._held:
-            return
-        main, state, group = self._states()
-        for name, full in buffers.items():
-            self._fill(main[name] if name == "master" else state[name], full)
-        if "step" in state:
-            # One tensor per parameter: torch's AdamW increments it in place.
-            state["step"] = torch.full_like(torch.as_tensor(state["step"]), float(step))
-        else:
-            group["step"] = step
-
-    def _fill(self, target: Tensor, full: Tensor) -> None:
-        held = target.detach().view(-1)[self._range]
-        held.copy_(full.detach().flatten()[self.start : self.start + held.numel()])
+    def write(self, buffers: dict[str, Tensor]) -> None:
+        """Take this rank's range out of full local tensors, by name."""
+        if MASTER in buffers:
+            # On every rank in full: what a parameter is rounded to must not depend on who holds its master.
+            self._parameter.tensor.copy_(split(buffers[MASTER])[0])
+        if self._shard is not None:
+            for name, full in buffers.items():
+                held = full.flatten()[self.start : self.start + self._range.stop - self._range.start]
+                self._shard.write(name, self._range, held)
 
 
 def _assembled(values: Tensor, start: int, like: Tensor, group: Any, owner: int) -> Tensor:
     """The full local tensor on the owner of the replica group, from the disjoint ranges its ranks hold."""
+    if values.numel() == like.numel() and group.size() == 1:
+        return values.view(like.shape)
     flat = torch.zeros(like.numel(), dtype=torch.float32, device=like.device)
     flat[start : start + values.numel()] = values.detach().flatten()
     if group.size() > 1:

@@ -108,8 +108,10 @@ def _losses(rank: int, recipe: Mapping[str, Any], folder: Path) -> list[float]:
 
 
 def _measure(rank: int, recipe: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Formats as they are in memory. What torch's optimizer updates are the master weights, whoever made them."""
+    """Formats as they are in memory; master weights as what they are to the update, whatever bits they are kept in."""
     import torch
+
+    from loong_core.parallel.adamw import MASTER, MOMENTS, ShardedAdamW
 
     run, engine = tiny.start(recipe, folder)
     losses = []
@@ -118,17 +120,20 @@ def _measure(rank: int, recipe: Mapping[str, Any], folder: Path) -> dict[str, An
         gradients = [p.gradient for p in engine.parameters()]
         engine.step(run.recipe.optim.lr)
     losses.append(engine.evaluate(tiny.batches(run, STEPS))["loss"])
-    optimizers = [item for item in gc.get_objects() if isinstance(item, torch.optim.Optimizer)]
-    states = [state for optimizer in optimizers for state in optimizer.state.values()]
+    (optimizer,) = [item for item in gc.get_objects() if isinstance(item, ShardedAdamW)]
+    shards, everything = optimizer.shards(), slice(None)
+    own = MASTER not in optimizer.state_names
     with torch.no_grad():
-        output = engine.modules[-1](tiny.batches(run)[0])
+        # With targets a model answers with their losses, in float32.
+        inputs = {name: tensor for name, tensor in tiny.batches(run)[0].items() if name != "targets"}
+        output = engine.modules[-1](inputs)
     return {
         "losses": losses,
         "parameters": _dtypes(p.tensor for p in engine.parameters()),
         "gradients": _dtypes(gradients),
         "output": str(output.dtype),
-        "master": _dtypes(p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]),
-        "optimizer_state": _dtypes(value for state in states for name, value in state.items() if name != "step"),
+        "master": _dtypes(shard.parameter if own else shard.read(MASTER, everything) for shard in shards),
+        "optimizer_state": _dtypes(shard.read(name, everything) for shard in shards for name in MOMENTS),
     }
 
 

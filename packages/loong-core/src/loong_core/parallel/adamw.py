@@ -1,0 +1,218 @@
+"""AdamW over the flat gradient buffers of megatron-core: every rank updates its range of each bucket, in one pass.
+
+Not megatron-core's `DistributedOptimizer`: that updates copies in float32 and copies them back, scales all gradients in
+a pass of its own to clip them, and keeps master weights as remainders only with Transformer Engine's FusedAdam, so
+never on a CPU. What is left of it is here: which range of a parameter belongs to which rank (the buffers say so) and
+which gradients count for the norm. Both follow megatron-core 0.19, whose buffers have one user the more.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
+
+from loong_core.errors import Unsupported
+from loong_core.references.adamw import join, split
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from loong_core.recipe import OptimSection
+    from loong_core.types import PrecisionPolicy
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+MASTER = "master"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """The range of one flattened trained tensor that this rank updates, and the optimizer's state for it.
+
+    All tensors are flat and equally long; `parameter` and `gradient` are views of megatron-core's buffers. The range
+    begins `start` elements into the trained tensor. With `remainder` (int16) the master weight is what the two join to.
+    """
+
+    start: int
+    parameter: Tensor
+    gradient: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    remainder: Tensor | None
+    decayed: bool
+    counted: bool
+    """Whether its gradient is part of the norm: no other rank counts the same elements."""
+
+    @property
+    def stop(self) -> int:
+        """The end of the range in the trained tensor."""
+        return self.start + self.parameter.numel()
+
+    def read(self, name: str, where: slice) -> Tensor:
+        """Part of a moment, or of the master weight in float32; `where` counts from the shard's own beginning."""
+        if name != MASTER:
+            return self._state(name)[where]
+        assert self.remainder is not None
+        return join(self.parameter[where], self.remainder[where])
+
+    def write(self, name: str, where: slice, values: Tensor) -> None:
+        """The reverse. A master weight sets the parameter too: to the nearest number of its dtype."""
+        if name != MASTER:
+            self._state(name)[where].copy_(values)
+            return
+        assert self.remainder is not None
+        rounded, low = split(values.float())
+        self.parameter[where].copy_(rounded)
+        self.remainder[where].copy_(low)
+
+    def _state(self, name: str) -> Tensor:
+        return {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}[name]
+
+
+class ShardedAdamW:
+    """AdamW with clipping by the global norm over what `chunks` train, megatron-core's data-parallel wrappers.
+
+    `groups` is megatron-core's `ProcessGroupCollection`, `update` the op `adamw`. bfloat16 parameters whose policy asks
+    for float32 masters keep those as two bytes more each; parameters of the policy's `master` dtype are their own
+    masters. Raises `Unsupported` for any other pair. There is no weight decay on biases and norms.
+    """
+
+    def __init__(
+        self,
+        chunks: Sequence[Any],
+        groups: Any,
+        section: OptimSection,
+        precision: PrecisionPolicy,
+        update: Callable[..., None],
+        device: str,
+    ) -> None:
+        self.steps = 0
+        self._chunks = chunks
+        self._device = device
+        self._section = section
+        self._update = update
+        self._remainders = _keeps_remainders(precision)
+        self.state_names = [*MOMENTS, MASTER] if self._remainders else list(MOMENTS)
+        """What a shard can `read` and `write`."""
+        self._moments: torch.dtype = getattr(torch, precision.optimizer_state)
+        self._trained = {trained for chunk in chunks for buffer in _buffers(chunk) for trained in buffer.params}
+        self._shards = {trained: shard for chunk in chunks for trained, shard in self._cut(chunk, groups)}
+
+    def _cut(self, chunk: Any, groups: Any) -> Iterator[tuple[Tensor, Shard]]:
+        """This rank's ranges, in the order of the buffers: bucket by bucket, where every rank holds an equal part."""
+        names = {parameter: name for name, parameter in chunk.module.named_parameters()}
+        for buffer in _buffers(chunk):
+            rank, size = buffer.data_parallel_group.rank(), buffer.data_parallel_group.size()
+            for bucket in buffer.buckets:
+                width = bucket.grad_data.numel() // size
+                for trained in bucket.params_list:
+                    begin, end = bucket.param_to_index[trained]
+                    first, last = max(begin, rank * width), min(end, (rank + 1) * width)
+                    if first < last:
+                        ranges = first - begin, bucket.param_data[first:last], bucket.grad_data[first:last]
+                        decayed = trained.dim() > 1 and not names[trained].endswith(".bias")
+                        yield trained, self._shard(*ranges, decayed=decayed, counted=_counted(trained, groups))
+
+    def _shard(self, start: int, parameter: Tensor, gradient: Tensor, *, decayed: bool, counted: bool) -> Shard:
+        return Shard(
+            start=start,
+            parameter=parameter,
+            gradient=gradient,
+            exp_avg=torch.zeros_like(parameter, dtype=self._moments),
+            exp_avg_sq=torch.zeros_like(parameter, dtype=self._moments),
+            remainder=torch.zeros_like(parameter, dtype=torch.int16) if self._remainders else None,
+            decayed=decayed,
+            counted=counted,
+        )
+
+    # ------------------------------------------------------------------------------------------ its state
+    def trains(self, parameter: Tensor) -> bool:
+        """Whether `parameter` is updated, here or on another rank of its replicas."""
+        return parameter in self._trained
+
+    def shard(self, parameter: Tensor) -> Shard | None:
+        """What this rank updates of `parameter`; None where that is nothing."""
+        return self._shards.get(parameter)
+
+    def shards(self) -> list[Shard]:
+        """Everything this rank updates."""
+        return list(self._shards.values())
+
+    def take_parameters(self) -> None:
+        """Make the parameters, as they are now, the master weights."""
+        for shard in self._shards.values():
+            if shard.remainder is not None:
+                shard.remainder.zero_()
+
+    # ------------------------------------------------------------------------------------------ its step
+    @torch.no_grad()
+    def step(self, lr: float, gradient_scale: Tensor) -> float:
+        """One update at learning rate `lr`; returns the global norm of the gradients before clipping.
+
+        The gradients are what the buffers hold times `gradient_scale`, a scalar tensor. The only wait for the device is
+        the one for the norm, after everything has been launched. A norm that is not finite leaves parameters and state
+        as they are, on every rank.
+        """
+        section = self._section
+        norm = self._norm() * gradient_scale
+        limit = math.inf if section.clip is None else section.clip
+        clipped = (limit / (norm + 1e-6)).clamp(max=1.0) * gradient_scale
+        scale = torch.where(norm.isfinite(), clipped, math.nan)
+        for shard in self._shards.values():
+            self._update(
+                shard.parameter,
+                shard.gradient,
+                shard.exp_avg,
+                shard.exp_avg_sq,
+                shard.remainder,
+                lr=lr,
+                betas=section.betas,
+                eps=section.eps,
+                decay=section.weight_decay if shard.decayed else 0.0,
+                step=self.steps + 1,
+                scale=scale,
+            )
+        for chunk in self._chunks:
+            # Overlapped gathering is started by the next forward pass.
+            if not chunk.ddp_config.overlap_param_gather:
+                chunk.start_param_sync()
+        found = float(norm)
+        self.steps += math.isfinite(found)
+        return found
+
+    def _norm(self) -> Tensor:
+        """Of what the buffers of all ranks hold, every element once: a float32 scalar tensor, the same on all ranks."""
+        gradients = [shard.gradient for shard in self._shards.values() if shard.counted]
+        squared = torch.zeros((), dtype=torch.float32, device=self._device)
+        if gradients:
+            squared += torch.nn.utils.get_total_norm(gradients).square()
+        dist.all_reduce(squared)
+        return squared.sqrt()
+
+
+def _buffers(chunk: Any) -> list[Any]:
+    return [*chunk.buffers, *chunk.expert_parallel_buffers]
+
+
+def _counted(trained: Tensor, groups: Any) -> bool:
+    """Whether the gradient of `trained` counts on this rank: not where tensor parallelism or tied embeddings hold it
+    twice. Ranges already differ between the ranks that hold the same parameter."""
+    return not getattr(trained, "shared", False) and param_is_not_tensor_parallel_duplicate(
+        trained, tp_group=groups.tp, expert_tp_group=groups.expt_tp
+    )
+
+
+def _keeps_remainders(precision: PrecisionPolicy) -> bool:
+    if precision.master == precision.parameters:
+        return False
+    if (precision.parameters, precision.master) == ("bfloat16", "float32"):
+        return True
+    raise Unsupported(
+        f"precision {precision.name}: AdamW keeps float32 master weights of bfloat16 parameters, or masters of the "
+        f"parameters' own dtype; not {precision.master} of {precision.parameters}."
+    )
