@@ -30,8 +30,6 @@ QWEN3_30B = {
     "moe_intermediate_size": 768,
     "vocab_size": 151936,
 }
-# Both compute the same sums in another order; bfloat16 rounds at other places.
-CLOSE = {"fp32": 1e-5, "bf16": 1e-3}
 
 
 def benchmark(folder: Path, rows: str, *words: str) -> tuple[dict[str, dict], str]:
@@ -46,12 +44,12 @@ def benchmark(folder: Path, rows: str, *words: str) -> tuple[dict[str, dict], st
 
 @pytest.mark.slow
 def test_both_sides_train_on_skewed_packed_rows_from_the_same_weights(tmp_path: Path) -> None:
-    words = ("--precision", "fp32", "--steps", "3", "--warmup", "1", "--revision", "abc")
+    words = ("--precision", "bf16", "--steps", "3", "--warmup", "1", "--revision", "abc")
     results, printed = benchmark(tmp_path, "moe-skewed", *words)
     found = results["moe-skewed"]
-    assert found["comparison"]["loss_difference_first_step"] < CLOSE["fp32"]
+    assert found["comparison"]["loss_difference_first_step"] < 1e-3
     assert found["comparison"]["one_run"] is True
-    assert found["loong"]["grad_norm"][0] == pytest.approx(found["megatron"]["grad_norm"][0], rel=1e-3)
+    assert found["loong"]["grad_norm"][0] == pytest.approx(found["megatron"]["grad_norm"][0], rel=1e-2)
     assert [len(found[side][name]) for side in ("loong", "megatron") for name in ("ms", "loss")] == [4] * 4
     assert all(busiest > 2 for busiest in found["megatron"]["busiest_expert"]), "half of the tokens: 8 / (2 x 2)"
     assert found["loong"]["commit"] == {"revision": "abc"}
@@ -63,12 +61,15 @@ def test_both_sides_train_on_skewed_packed_rows_from_the_same_weights(tmp_path: 
 
 @pytest.mark.slow
 def test_loss_curves_of_the_two_sides_agree(tmp_path: Path) -> None:
-    results, _ = benchmark(tmp_path, "curves", "--precision", "bf16", "--curve-steps", "24")
+    """At a learning rate that moves the loss: a peer with 0.8 of it is 3e-2 away after 24 steps."""
+    words = ("--precision", "fp32", "--curve-steps", "24", "--loong", "optim.lr=3e-3", "--loong", "optim.warmup=4")
+    results, _ = benchmark(tmp_path, "curves", *words)
     found = results["curves"]
-    assert found["comparison"]["loss_difference_largest"] < CLOSE["bf16"]
+    assert found["comparison"]["loss_difference_first_step"] < 1e-5
+    assert found["comparison"]["loss_difference_largest"] < 1e-3
     assert found["comparison"]["loss_difference_largest_after_20"] is not None
-    assert found["work"]["optim"]["warmup"] == 20
-    assert found["megatron"]["loss"][0] != found["megatron"]["loss"][-1]
+    assert found["work"]["warmup"] == 12
+    assert found["megatron"]["config"]["moe_aux_loss_coeff"] == 0.0
 
 
 def test_work_is_what_the_published_floors_count() -> None:
