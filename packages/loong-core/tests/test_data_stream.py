@@ -81,8 +81,7 @@ def test_every_cut_sees_the_same_rows_in_the_same_order(
     ]
     for step in range(4):
         assert rows_of(parts, step) == rows_of([whole], step)
-        assert {part.tokens(step) for part in parts} == {whole.tokens(step)}
-        assert {part.samples(step) for part in parts} == {whole.samples(step)}
+        assert {part.content(step) for part in parts} == {whole.content(step)}
     close(whole, *parts)
 
 
@@ -94,7 +93,7 @@ def test_an_epoch_holds_every_sample_once_with_its_own_targets(
     cache = make_cache(tmp_path_factory.mktemp("data") / "it", lengths)
     stream = make_stream(cache, micro=batch, pack=pack, shuffle=shuffle)
     seen: list[int] = []
-    step = samples = tokens = 0
+    step = samples = tokens = squares = 0
     while len(seen) < 3 * len(lengths):
         for row in rows_of([stream], step):
             segments = row.get("segments", [0] * SEQ_LEN)
@@ -108,9 +107,11 @@ def test_an_epoch_holds_every_sample_once_with_its_own_targets(
                 seen.append(name)
             padding = [at for at in range(SEQ_LEN) if segments[at] == -1]
             assert all(row["targets"][at] == -100 and row["tokens"][at] == 0 for at in padding)
-        samples, tokens, step = samples + stream.samples(step), tokens + stream.tokens(step), step + 1
+        samples, tokens = samples + stream.samples(step), tokens + stream.tokens(step)
+        squares, step = squares + stream.content(step).squares, step + 1
     assert samples == len(seen)
     assert tokens == sum(lengths[name - 1] for name in seen)
+    assert squares == sum(lengths[name - 1] ** 2 for name in seen)
     for epoch in range(3):
         part = seen[epoch * len(lengths) : (epoch + 1) * len(lengths)]
         assert sorted(part) == list(range(1, len(lengths) + 1))

@@ -15,7 +15,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from loong_core.data.stream import Content
 from loong_core.errors import RunError, Unsupported
+from loong_core.testing.shapes import decoder_shape
 from loong_core.train import metrics
 from loong_core.types import Cluster, ParallelPlan
 
@@ -33,9 +35,8 @@ def measured(**changes: Any) -> dict[str, Any]:
 
 
 def row(step: int = 1, **changes: Any) -> dict[str, Any]:
-    return metrics.row(
-        measured(**changes), step=step, samples=8, flops=4e12, world=2, peak_flops=1e13, memory_bytes=2**20
-    )
+    counted = {"flops": 4e12, "recomputed": 1e12, "world": 2, "peak_flops": 1e13}
+    return metrics.row(measured(**changes), step=step, samples=8, memory_bytes=2**20, **counted)
 
 
 def test_fields_and_their_order() -> None:
@@ -48,8 +49,10 @@ def test_values() -> None:
     assert found["tokens"] == 100 and found["samples"] == 8 and found["step"] == 1
     assert found["tokens_per_second"] == 200.0
     assert found["tflops_per_device"] == 4.0 and found["mfu"] == pytest.approx(0.4)
-    unknown = metrics.row(measured(), step=1, samples=1, flops=1.0, world=1, peak_flops=0.0, memory_bytes=0)
-    assert unknown["mfu"] is None
+    assert found["hfu"] == pytest.approx(0.5)
+    counted = {"flops": 1.0, "recomputed": 0.0, "world": 1, "peak_flops": 0.0}
+    unknown = metrics.row(measured(), step=1, samples=1, memory_bytes=0, **counted)
+    assert unknown["mfu"] is None and unknown["hfu"] is None
     assert row(step_seconds=0.0)["tokens_per_second"] == 0.0
 
 
@@ -120,6 +123,7 @@ def test_nothing_to_drop_leaves_the_file_alone(tmp_path: Path) -> None:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
+from loong_core.testing.shapes import decoder_shape
 from loong_core.train import metrics
 sink = metrics.open_metrics(Path(sys.argv[1]), 0)
 for step in range(1, 51):
@@ -152,7 +156,7 @@ def test_absent_tensorboard_is_refused_at_the_start(monkeypatch: pytest.MonkeyPa
 def run(folder: Path, sinks: list[str], main: bool = True) -> SimpleNamespace:
     """The parts of a `Run` that reporting reads."""
     recipe = SimpleNamespace(log=SimpleNamespace(to=sinks, every=1), run=SimpleNamespace(name="demo", steps=4))
-    plan = ParallelPlan(planner="megatron", world=1, flops_per_step=1e9)
+    plan = ParallelPlan(planner="megatron", world=1, recompute="full")
     return SimpleNamespace(
         recipe=recipe,
         folder=folder,
@@ -160,14 +164,16 @@ def run(folder: Path, sinks: list[str], main: bool = True) -> SimpleNamespace:
         is_main=main,
         device="cpu",
         plan=plan,
+        shape=decoder_shape(),
         world=1,
         cluster=Cluster(peak_flops=1e12),
     )
 
 
 class Data:
-    def samples(self, step: int) -> int:
-        return 10 + step
+    def content(self, step: int) -> Content:
+        """Samples of 40 and of 60 tokens."""
+        return Content(10 + step, 100, 40**2 + 60**2)
 
 
 def test_reporter_writes_rank_zeros_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -180,7 +186,11 @@ def test_reporter_writes_rank_zeros_rows(tmp_path: Path, capsys: pytest.CaptureF
     reporter.close()
     rows = metrics.read(tmp_path / "metrics.jsonl")
     assert [(found["step"], found["samples"]) for found in rows] == [(1, 10), (2, 11)]
-    assert rows[0]["memory_bytes"] > 2**20 and rows[0]["mfu"] == pytest.approx(0.002)
+    assert rows[0]["memory_bytes"] > 2**20
+    shape, context = going.shape, (40**2 + 60**2) / 100
+    assert rows[0]["mfu"] == pytest.approx(shape.train_flops(100, context) / 0.5 / 1e12)
+    extra = shape.recomputed_flops(100, context, "full")
+    assert extra > 0 and rows[0]["hfu"] - rows[0]["mfu"] == pytest.approx(extra / 0.5 / 1e12)
     assert "step 1/4" in capsys.readouterr().out
     going.step = 1
     metrics.Reporter(going).close()  # type: ignore[arg-type]

@@ -16,7 +16,7 @@ from loong_core.train.metrics import encode, row
 EVIL = '<script>alert("x")</script>&'
 
 
-def rows(number: int, **changes: Any) -> list[dict[str, Any]]:
+def rows(number: int, recomputed: float = 0.0, **changes: Any) -> list[dict[str, Any]]:
     result = []
     for step in range(1, number + 1):
         measured = {
@@ -30,9 +30,8 @@ def rows(number: int, **changes: Any) -> list[dict[str, Any]]:
         }
         if step % 20 == 0:
             measured["eval_loss"] = 6 / step
-        result.append(
-            row(measured, step=step, samples=4, flops=1e9, world=2, peak_flops=1e12, memory_bytes=step * 2**20)
-        )
+        counted = {"flops": 1e11, "recomputed": recomputed, "world": 2, "peak_flops": 1e12}
+        result.append(row(measured, step=step, samples=4, memory_bytes=step * 2**20, **counted))
     return result
 
 
@@ -166,9 +165,16 @@ def test_steps_without_a_number(tmp_path: Path) -> None:
 def test_unknown_peak_and_memory(tmp_path: Path) -> None:
     found = rows(5)
     for each in found:
-        each["mfu"] = each["memory_bytes"] = None
+        each["mfu"] = each["hfu"] = each["memory_bytes"] = None
     page = fill(tmp_path, found)
     assert "no values" in page and "median MFU" not in page
+
+
+def test_hardware_utilisation_is_shown_where_it_differs(tmp_path: Path) -> None:
+    page = fill(tmp_path, rows(5))
+    assert "median MFU" in page and "10.0%" in page and "median HFU" not in page
+    page = fill(tmp_path, rows(5, recomputed=2e10))
+    assert "median MFU" in page and "median HFU" in page and "12.0%" in page
 
 
 def test_the_first_step_does_not_count_in_medians(tmp_path: Path) -> None:

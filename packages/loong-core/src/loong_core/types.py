@@ -110,9 +110,23 @@ class ModelShape:
     activation_sharded: float = 0.0
     activation_replicated: float = 0.0
 
-    def train_flops(self, tokens: int, context: int) -> float:
-        """FLOPs of forward and backward over `tokens` tokens in causal sequences of `context` tokens."""
+    def train_flops(self, tokens: float, context: float) -> float:
+        """FLOPs of forward and backward over `tokens` tokens in causal samples of `context` tokens.
+
+        A multiplication and an addition are two. Per token that is 6 for every weight of a matrix product it passes,
+        and for attention 6 x width x context: the scores and the sum of values, of which the causal half counts.
+        Norms, activations and look-ups are left out. Where samples differ in length, `context` is the length of the
+        average token's sample, sum(length^2) / sum(length). Source: Narayanan et al., 2021 (arXiv 2104.04473, appendix).
+        """
         return tokens * (6.0 * self.active_parameters + 6.0 * self.attention_width * context)
+
+    def recomputed_flops(self, tokens: float, context: float, recompute: str) -> float:
+        """FLOPs that `parallel.recompute` adds to `train_flops`: the forward pass of every layer with `full`, of
+        attention without its projections with `selective`. Embedding and head are never computed again."""
+        if recompute == "none":
+            return 0.0
+        weights = self.active_parameters - self.hidden * self.vocabulary if recompute == "full" else 0
+        return tokens * (2.0 * weights + 2.0 * self.attention_width * context)
 
 
 # ------------------------------------------------------------------------------------------ tasks and data

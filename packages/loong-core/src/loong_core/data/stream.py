@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +20,14 @@ if TYPE_CHECKING:
     from loong_core.types import ParallelPlan
 
 _AHEAD = 2
+
+
+class Content(NamedTuple):
+    """What a global batch holds over all ranks: its samples, their tokens, and the sum of their squared lengths."""
+
+    samples: int
+    tokens: int
+    squares: int
 
 
 class Stream:
@@ -90,14 +98,19 @@ class Stream:
         assert self.held_out is not None, "the recipe has no data.eval"
         return self._make(self.held_out, index % self.eval_count, once=True)
 
+    def content(self, step: int) -> Content:
+        """What a step's global batch holds, padding left out."""
+        rows = [self.layout.row(position) for position in self._positions(step)]
+        lengths = self.layout.cache.lengths[np.concatenate(rows)].astype(np.int64)
+        return Content(len(lengths), int(lengths.sum()), int((lengths**2).sum()))
+
     def samples(self, step: int) -> int:
         """Samples in a step's global batch, over all ranks."""
-        return sum(len(self.layout.row(position)) for position in self._positions(step))
+        return self.content(step).samples
 
     def tokens(self, step: int) -> int:
         """Tokens that are not padding in a step's global batch, over all ranks."""
-        lengths = self.layout.cache.lengths
-        return sum(int(lengths[self.layout.row(position)].sum()) for position in self._positions(step))
+        return self.content(step).tokens
 
     def state(self) -> dict[str, Any]:
         """What a later process needs to continue after the last step asked for. JSON values only."""

@@ -13,9 +13,16 @@ One JSON object per line and step (a public contract; every quantity is that of 
 | `step_seconds` | wall time of the step, waiting for data included; evaluation and saving excluded |
 | `data_seconds` | the part of it that waited for data, on rank 0 |
 | `tokens_per_second` | `tokens` / `step_seconds`, over all devices |
-| `tflops_per_device` | model FLOPs of the global batch (forward and backward, recomputation aside), 1e12 a second |
-| `mfu` | that as a share of the device's peak; null where the peak is unknown |
+| `tflops_per_device` | model FLOPs of the global batch, see below, 1e12 a second |
+| `mfu` | model FLOP utilisation: that as a share of the device's peak; null where the peak is unknown |
+| `hfu` | hardware FLOP utilisation: as `mfu`, with what `parallel.recompute` computes a second time counted too |
 | `memory_bytes` | memory in use on the fullest rank: the allocator's peak of the step, on a CPU the resident size |
+
+Model FLOPs are those of the formula in `ModelShape.train_flops`, forward and backward, for the tokens that the batch
+holds: padding is no work, and attention counts the causal half within each sample, however samples are packed. The
+peak is that of dense matrix products in the run's activation dtype, from the maker's data sheet. `hfu` adds the
+forward passes that the plan repeats, not what a kernel repeats inside itself (flash attention's backward, a fused
+loss). Without recomputation the two are equal. Source: Chowdhery et al., 2022 (arXiv 2204.02311, appendix B).
 
 Further numbers a task reports (`aux_loss`, `lm_loss`) and `eval_loss`, on steps that end with an evaluation, follow
 under their own names. Floats are written so that reading gives the same float; NaN and infinity, which JSON lacks,
@@ -51,6 +58,7 @@ FIELDS = (
     "tokens_per_second",
     "tflops_per_device",
     "mfu",
+    "hfu",
     "memory_bytes",
 )
 SINKS = ("console", "jsonl", "tensorboard")
@@ -71,6 +79,7 @@ def row(
     step: int,
     samples: int,
     flops: float,
+    recomputed: float,
     world: int,
     peak_flops: float,
     memory_bytes: int,
@@ -81,14 +90,15 @@ def row(
         measured: `loss`, `counted` (tokens), `grad_norm`, `lr`, `step_seconds`, `data_seconds`, and extra numbers.
         step: optimizer steps done.
         samples: samples in the global batch.
-        flops: of the global batch.
+        flops: model FLOPs of the global batch.
+        recomputed: FLOPs of it that are computed a second time.
         world: number of devices.
         peak_flops: of one device, 0 = unknown.
         memory_bytes: of the fullest rank.
     """
     seconds = measured["step_seconds"]
     tokens = round(measured["counted"])
-    per_device = flops / seconds / world if seconds > 0 else 0.0
+    per_device, again = (work / seconds / world if seconds > 0 else 0.0 for work in (flops, recomputed))
     result: Metrics = {
         "step": step,
         "loss": measured["loss"],
@@ -101,6 +111,7 @@ def row(
         "tokens_per_second": tokens / seconds if seconds > 0 else 0.0,
         "tflops_per_device": per_device / 1e12,
         "mfu": per_device / peak_flops if peak_flops else None,
+        "hfu": (per_device + again) / peak_flops if peak_flops else None,
         "memory_bytes": memory_bytes,
     }
     result.update({name: value for name, value in measured.items() if name not in result and name != "counted"})
@@ -247,11 +258,14 @@ class Reporter:
         memory = fullest_rank(run.device)
         if not self._sinks:
             return
+        content = data.content(run.step - 1)
+        context = content.squares / max(content.tokens, 1)
         done = row(
             metrics,
             step=run.step,
-            samples=data.samples(run.step - 1),
-            flops=run.plan.flops_per_step,
+            samples=content.samples,
+            flops=run.shape.train_flops(content.tokens, context),
+            recomputed=run.shape.recomputed_flops(content.tokens, context, run.plan.recompute),
             world=run.world,
             peak_flops=run.cluster.peak_flops,
             memory_bytes=memory,

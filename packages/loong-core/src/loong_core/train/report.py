@@ -145,6 +145,8 @@ def _summary(rows: Sequence[Metrics], recipe: dict[str, Any]) -> Iterator[tuple[
         yield "median step", f"{plot.number(statistics.median(values))} s"
     if values := _numbers(settled, "mfu"):
         yield "median MFU", f"{statistics.median(values):.1%}"
+        if (again := _numbers(settled, "hfu")) and again != values:
+            yield "median HFU", f"{statistics.median(again):.1%}"
     if values := _numbers(rows, "memory_bytes"):
         yield "peak memory", f"{max(values) / 2**30:.2f} GiB"
     if values := _numbers(rows, "tokens"):
