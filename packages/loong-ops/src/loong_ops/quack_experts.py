@@ -119,11 +119,11 @@ class _Experts(torch.autograd.Function):
         if ctx.empty:
             ctx.save_for_backward(hidden, up, down, weights)
             return torch.zeros_like(hidden)
-        hidden_rows = hidden.contiguous()
+        hidden_rows = _plain(hidden)
         sorted_rows = _sorted_rows(weights, chosen, len(up), first, rows)
-        gate_up, act = _gated(hidden_rows, up.contiguous(), sorted_rows, keep, tiles["up"])
+        gate_up, act = _gated(hidden_rows, _plain(up), sorted_rows, keep, tiles["up"])
         result = hidden.new_empty(rows, hidden.shape[1])
-        _product(act, down.contiguous(), result, tiles["down"], cu_seqlens_m=sorted_rows.offsets)
+        _product(act, _plain(down), result, tiles["down"], cu_seqlens_m=sorted_rows.offsets)
         if keep:
             ctx.save_for_backward(hidden_rows, up, down, weights, gate_up, *sorted_rows)
         return _sum_of_rows(result, sorted_rows.position, weights.contiguous(), len(hidden))
@@ -136,7 +136,7 @@ class _Experts(torch.autograd.Function):
         hidden, up, down, weights, gate_up, *parts = ctx.saved_tensors
         rows, grad, tiles = Rows(*parts), grad.contiguous(), ctx.tiles
         needs_hidden, needs_up, needs_down, needs_weights = ctx.needs_input_grad[:4]
-        d_gate_up, act, d_weight = _d_gated(grad, down.contiguous(), gate_up, rows, needs_weights, tiles["d_act"])
+        d_gate_up, act, d_weight = _d_gated(grad, _plain(down), gate_up, rows, needs_weights, tiles["d_act"])
         del gate_up
         d_down = d_up = d_hidden = d_weights = None
         if d_weight is not None:
@@ -149,11 +149,16 @@ class _Experts(torch.autograd.Function):
         if needs_hidden:
             result = hidden.new_empty(len(rows.token), hidden.shape[1])
             _product(
-                d_gate_up, up.contiguous().mT, result, tiles["d_hidden"],
+                d_gate_up, _plain(up).mT, result, tiles["d_hidden"],
                 cu_seqlens_m=rows.offsets, concat_layout=("B",),
             )  # fmt: skip
             d_hidden = _sum_of_rows(result, rows.position, None, len(hidden))
         return d_hidden, d_up, d_down, d_weights, None, None, None, None, None
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """Contiguous and without history: tensors that require gradients cannot be handed over through DLPack."""
+    return tensor.detach().contiguous()
 
 
 # ------------------------------------------------------------------------------------------------ the six products
