@@ -116,7 +116,8 @@ class ModelShape:
         A multiplication and an addition are two. Per token that is 6 for every weight of a matrix product it passes,
         and for attention 6 x width x context: the scores and the sum of values, of which the causal half counts.
         Norms, activations and look-ups are left out. Where samples differ in length, `context` is the length of the
-        average token's sample, sum(length^2) / sum(length). Source: Narayanan et al., 2021 (arXiv 2104.04473, appendix).
+        average token's sample, sum(length^2) / sum(length). Source of the counts: Narayanan et al., 2021, appendix
+        (arXiv 2104.04473).
         """
         return tokens * (6.0 * self.active_parameters + 6.0 * self.attention_width * context)
 
