@@ -245,3 +245,46 @@ def test_the_chosen_chunk_is_less_than_a_tenth():
     # Few tokens have few logits: there a chunk is at least what keeps the products fast.
     assert chunk_tokens(4096, 2048) == min(module.CHUNKS)
     assert chunk_tokens(1, 1) == min(module.CHUNKS)
+
+
+# --------------------------------------------------------------------------------------------------- gpu
+REAL = 151936
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["uniform", "own"])
+def test_memory_on_a_gpu(kind):
+    """Beside the weight's float32 gradient and the hidden states' own, less than a tenth of the logits."""
+    tokens, size = 32768, 256
+    hidden = torch.randn(tokens, size, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weight = (torch.randn(REAL, size, device="cuda") * 0.02).bfloat16().requires_grad_()
+    weight.main_grad = torch.zeros(REAL, size, device="cuda")
+    targets = torch.randint(0, REAL, (tokens,), device="cuda")
+    upstream = upstream_of(kind, 1).cuda().expand(tokens) if kind == "uniform" else torch.rand(tokens, device="cuda")
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    linear_cross_entropy(hidden, weight, targets, vocabulary=REAL).backward(upstream)
+    used = torch.cuda.max_memory_allocated() - before
+    assert used - 4 * REAL * size - 4 * tokens * size < 2 * tokens * REAL / 10
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("vocabulary", [REAL, REAL - 77])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_real_vocabulary(dtype, vocabulary):
+    torch.manual_seed(0)
+    tokens, size = 300, 64
+    hidden = torch.randn(tokens, size, device="cuda").to(dtype).requires_grad_()
+    weight = (torch.randn(REAL, size, device="cuda") * 0.2).to(dtype).requires_grad_()
+    targets = torch.randint(0, vocabulary, (tokens,), device="cuda")
+    targets[::7] = -100
+    wide = [part.detach().double().requires_grad_() for part in (hidden, weight)]
+    exact = reference(*wide, targets, vocabulary=vocabulary)
+    limit = 2e-2 if dtype == torch.bfloat16 else 1e-4
+    for upstream in (torch.tensor(0.5, device="cuda").expand(tokens), torch.rand(tokens, device="cuda")):
+        loss = linear_cross_entropy(hidden, weight, targets, vocabulary=vocabulary, _chunk=128)
+        found = loss, *torch.autograd.grad(loss, (hidden, weight), upstream)
+        wanted = exact, *torch.autograd.grad(exact, wide, upstream.double(), retain_graph=True)
+        for one, other in zip(found, wanted, strict=True):
+            assert (one.double() - other).abs().max() <= limit * other.abs().max()

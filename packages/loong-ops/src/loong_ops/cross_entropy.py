@@ -174,7 +174,7 @@ def write_gradients(
 def _config(logits: Tensor) -> dict[str, int]:
     """How a row is cut: columns at a time, and how many neighbouring ones a thread loads at once, 16 bytes of them."""
     block = min(BLOCK, max(triton.next_power_of_2(logits.shape[1]), 128))
-    warps = max(1, min(WARPS, block // 1024))
+    warps = max(1, min(WARPS, block // 256))
     return {"BLOCK": block, "LANES": 16 // logits.element_size(), "STAGES": STAGES, "num_warps": warps}
 
 
