@@ -17,11 +17,18 @@ BF16 = PrecisionPolicy(name="bf16", parameters="bfloat16", activations="bfloat16
 FP32 = PrecisionPolicy(name="fp32", parameters="float32", activations="float32")
 
 
-def total_of(degrees: Degrees, precision: PrecisionPolicy, recompute: str = "none", **shape_of: int) -> dict[str, int]:
+def total_of(
+    degrees: Degrees,
+    precision: PrecisionPolicy,
+    recompute: str = "none",
+    tokens: int = 64,
+    fused_loss: bool = True,
+    **shape_of: int,
+) -> dict[str, int]:
     shape = decoder_shape(**shape_of)
     stages = split_layers(shape.layers, degrees.pp, degrees.vpp)
     counts = Inventory(shape).per_stage(degrees, stages)
-    return estimate(shape, degrees, stages, counts, precision, 64, 8, recompute)  # type: ignore[arg-type]
+    return estimate(shape, degrees, stages, counts, precision, tokens, 8, recompute, fused_loss)  # type: ignore[arg-type]
 
 
 def test_one_process_by_hand() -> None:
@@ -34,7 +41,7 @@ def test_one_process_by_hand() -> None:
     assert found["optimizer"] == 8 * number
     per_layer = 2 * (48 + 16) + 4 * 96 + 4 * 48
     assert found["activations"] == 2 * 64 * (4 * per_layer + 2 * 48)
-    assert found["logits"] == 64 * 131 * (2 + 2 + 4)
+    assert found["logits"] == 2 * 64 * 131 * 2 + 131 * 48 * 4
     assert found["total"] == sum(value for use, value in found.items() if use != "total")
 
 
@@ -69,7 +76,9 @@ def test_recomputation_is_ordered() -> None:
 
 def test_context_parallelism_divides_tokens() -> None:
     whole, cut = total_of(Degrees(world=2), BF16), total_of(Degrees(world=2, cp=2), BF16)
-    assert cut["activations"] * 2 == whole["activations"] and cut["logits"] * 2 == whole["logits"]
+    assert cut["activations"] * 2 == whole["activations"]
+    head = 4 * 131 * 48
+    assert (cut["logits"] - head) * 2 == whole["logits"] - head
 
 
 def test_the_fullest_stage_counts() -> None:
@@ -77,6 +86,17 @@ def test_the_fullest_stage_counts() -> None:
     assert first["logits"] == 0, "the first stage holds four micro-batches, the last only one"
     last = total_of(Degrees(world=4, pp=4), BF16, layers=8, vocabulary=100_000)
     assert last["logits"] > 0
+
+
+@pytest.mark.parametrize(("tokens", "chunk"), [(1000, 1000), (8192, 2048), (32768, 3276.8), (65536, 4096)])
+def test_a_fused_loss_holds_chunks_of_logits(tokens: int, chunk: float) -> None:
+    size = {"vocabulary": 1000, "hidden": 48, "tokens": tokens}
+    fused = total_of(Degrees(world=1), BF16, **size)["logits"]
+    assert fused == round(2 * chunk * 1000 * 2 + 1000 * 48 * 4)
+    whole = total_of(Degrees(world=1), BF16, fused_loss=False, **size)["logits"]
+    assert whole == tokens * 1000 * (2 + 2)
+    halves = total_of(Degrees(world=2, tp=2, etp=2), BF16, **size)["logits"]
+    assert halves * 2 == pytest.approx(fused, abs=2)
 
 
 def test_unknown_dtype_is_named() -> None:

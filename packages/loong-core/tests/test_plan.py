@@ -152,6 +152,15 @@ def test_everything_is_resolved() -> None:
     assert found.planner == "megatron" and found.recompute == "none"
 
 
+def test_logits_are_held_where_the_reference_computes_the_loss() -> None:
+    named = recipe({"seq_len": 65536}).model_copy(update={"ops": {"linear_cross_entropy": "torch"}})
+    on_cpu, on_cuda = (Cluster(backend=backend) for backend in ("cpu", "cuda"))
+    held = 65536 * 131 * (2 + 2)
+    assert plan(DENSE, recipe({"seq_len": 65536}), on_cpu, BF16).memory["logits"] == held
+    assert plan(DENSE, named, on_cuda, BF16).memory["logits"] == held
+    assert plan(DENSE, recipe({"seq_len": 65536}), on_cuda, BF16).memory["logits"] < held / 5
+
+
 def test_expert_degree_of_a_dense_model_follows_tp() -> None:
     assert made(DENSE, 2, recipe(tp=2)).etp == 2
     assert made(DENSE, 2, recipe(tp=2, etp=2)).etp == 2

@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from loong_core.errors import DataError
+from loong_core.parallel import memory
 from loong_core.references.linear_cross_entropy import linear_cross_entropy as reference
 from loong_core.testing import OpContract
 from loong_core.testing.ranks import run_ranks
@@ -245,6 +246,10 @@ def test_the_chosen_chunk_is_less_than_a_tenth():
     # Few tokens have few logits: there a chunk is at least what keeps the products fast.
     assert chunk_tokens(4096, 2048) == min(module.CHUNKS)
     assert chunk_tokens(1, 1) == min(module.CHUNKS)
+
+
+def test_the_planner_knows_the_chunks():
+    assert (memory.LEAST_LOSS_CHUNK, memory.LOSS_CHUNK) == (min(module.CHUNKS), max(module.CHUNKS))
 
 
 # --------------------------------------------------------------------------------------------------- gpu

@@ -6,6 +6,8 @@ Rajbhandari et al. 2020); experts over their own data-parallel ranks. Activation
 Activation Recomputation in Large Transformer Models": what tensor parallelism divides, what only sequence parallelism
 divides, and how many micro-batches a stage holds (section 4.2.3; for interleaved schedules the number of warm-up
 steps of Narayanan et al. 2021). Their quadratic attention term is absent: the attention ops keep no score matrix.
+Logits: the op `linear_cross_entropy` holds those of a chunk of tokens, and from forward to backward the head's gradient
+in float32; its reference, which runs where no faster one can, holds the logits of all tokens and their gradient.
 Not counted: the device context, communication buffers and fragmentation; plan for 90 % of a device.
 """
 
@@ -21,6 +23,11 @@ from loong_core.types import ModelShape, PrecisionPolicy
 Recompute = Literal["none", "selective", "full"]
 RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")
 """From fastest to leanest."""
+
+LOSS_CHUNK = 4096
+"""Most tokens whose logits a fused loss holds at a time; it takes a tenth of the tokens where they are fewer."""
+LEAST_LOSS_CHUNK = 2048
+"""Tokens of a chunk where a tenth of all would be less."""
 
 _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1, "int8": 1}
 
@@ -41,12 +48,13 @@ def estimate(
     micro_batch_tokens: int,
     micro_batches: int,
     recompute: Recompute,
+    fused_loss: bool = True,
 ) -> dict[str, int]:
     """Bytes on the rank that needs most, by use: `parameters`, `gradients`, `master`, `optimizer`, `activations`,
     `logits`, and their `total`.
 
     `counts[i]` is what a rank of pipeline stage i holds; `micro_batch_tokens` the tokens of one micro-batch, before
-    context parallelism cuts them.
+    context parallelism cuts them. Without `fused_loss` the logits of a whole micro-batch are held.
     """
     tokens = micro_batch_tokens / degrees.cp
     ranks = []
@@ -56,7 +64,7 @@ def estimate(
         uses["activations"] = round(
             tokens * _activations(shape, degrees, layers, stage, micro_batches, recompute)
         ) * dtype_bytes(precision.activations)
-        uses["logits"] = round(tokens * _logits(shape, degrees, precision)) if stage == degrees.pp - 1 else 0
+        uses["logits"] = round(_logits(shape, degrees, precision, tokens, fused_loss)) if stage == degrees.pp - 1 else 0
         uses["total"] = sum(uses.values())
         ranks.append(uses)
     return max(ranks, key=lambda uses: uses["total"])
@@ -103,6 +111,12 @@ def _activations(
     return result + head_input
 
 
-def _logits(shape: ModelShape, degrees: Degrees, precision: PrecisionPolicy) -> float:
-    """Bytes per token on the last stage: logits and their gradient, and the float32 copy the loss works on."""
-    return -(-shape.vocabulary // degrees.tp) * (2.0 * dtype_bytes(precision.activations) + 4.0)
+def _logits(shape: ModelShape, degrees: Degrees, precision: PrecisionPolicy, tokens: float, fused_loss: bool) -> float:
+    """Bytes on the last stage: two chunks of logits and the float32 sum of the head's gradient over chunks, or all
+    logits and their gradient."""
+    width = -(-shape.vocabulary // degrees.tp)
+    logits = width * dtype_bytes(precision.activations)
+    if not fused_loss:
+        return 2.0 * tokens * logits
+    chunk = min(tokens, LOSS_CHUNK, max(tokens / 10, LEAST_LOSS_CHUNK))
+    return 2.0 * chunk * logits + 4.0 * width * shape.hidden

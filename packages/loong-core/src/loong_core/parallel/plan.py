@@ -94,9 +94,11 @@ def _try(
     micro_batches = data.global_batch // (data.micro_batch * degrees.dp)
     options: tuple[Recompute, ...] = RECOMPUTE if section.recompute == "auto" else (section.recompute,)
     budget = cluster.memory * USABLE if cluster.memory else float("inf")
+    # On a CPU no implementation but the reference runs.
+    fused_loss = cluster.backend != "cpu" and recipe.ops.get("linear_cross_entropy") != "torch"
+    tokens = data.micro_batch * data.seq_len
     for recompute in options:
-        tokens = data.micro_batch * data.seq_len
-        memory = estimate(shape, degrees, stages, counts, precision, tokens, micro_batches, recompute)
+        memory = estimate(shape, degrees, stages, counts, precision, tokens, micro_batches, recompute, fused_loss)
         fits = memory["total"] <= budget
         if fits:
             break
