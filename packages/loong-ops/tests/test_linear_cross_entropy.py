@@ -249,7 +249,7 @@ def test_the_chosen_chunk_is_less_than_a_tenth():
 
 
 def test_the_planner_knows_the_chunks():
-    assert (memory.LEAST_LOSS_CHUNK, memory.LOSS_CHUNK) == (min(module.CHUNKS), max(module.CHUNKS))
+    assert (min(module.CHUNKS), max(module.CHUNKS)) == (memory.LEAST_LOSS_CHUNK, memory.LOSS_CHUNK)
 
 
 # --------------------------------------------------------------------------------------------------- gpu
