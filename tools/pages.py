@@ -132,7 +132,7 @@ def command_tree() -> Any:
     from loong_core.cli import build
     from loong_core.registry import Registry
 
-    return typer.main.get_command(build(Registry(plugins.load(environ={"LOONG_PLUGINS": "llm,ckpt"}))))
+    return typer.main.get_command(build(Registry(plugins.load(environ={"LOONG_PLUGINS": "llm,ckpt,ops"}))))
 
 
 def commands_page() -> str:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from loong_core.hookspecs import hookimpl
 
 if TYPE_CHECKING:
+    import typer
+
     from loong_core.types import OpImpl
 
 
@@ -47,12 +49,21 @@ def loong_ops() -> Iterable[OpImpl]:
     return [*kernels, flash, quack]
 
 
+@hookimpl
+def loong_cli_commands(group: typer.Typer) -> None:
+    """`loong bench`."""
+    from loong_ops.cli import app
+
+    group.add_typer(app, name="bench")
+
+
 TRITON: dict[str, str] = {
     "experts": "experts",
     "adamw": "adamw",
     "cross_entropy": "cross_entropy",
     "linear_cross_entropy": "linear_cross_entropy",
     "rotary_qkv": "rotary_qkv",
+    "swiglu": "swiglu",
     "route": "route",
 }
 """Op -> the module of its Triton implementation; the function is named after the op."""
