@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,8 +13,10 @@ import torch
 from loong_core.weights import shard
 
 if TYPE_CHECKING:
-    from loong_core.train.engine import Engine
+    from loong_core.train.engine import Engine, LocalParameter
     from loong_core.types import ParameterSpec
+
+THREADS = min(16, os.cpu_count() or 1)
 
 
 def initialise(engine: Engine, seed: int, std: float) -> None:
@@ -20,11 +25,19 @@ def initialise(engine: Engine, seed: int, std: float) -> None:
     Every full tensor is drawn from a generator of its own, seeded by (seed, role), and then cut, so that all layouts
     start from the same weights. Drawn on the CPU in float32: devices have different generators.
     """
-    with torch.no_grad():
-        for parameter in engine.parameters():
-            spec = parameter.spec
-            rank, size = engine.cut(parameter)
-            parameter.assign(shard(draw(spec, seed, std), rank, size, spec.axis, spec.blocks, spec.padded))
+    parameters = list(engine.parameters())
+
+    def values(parameter: LocalParameter) -> torch.Tensor:
+        spec, (rank, size) = parameter.spec, engine.cut(parameter)
+        return shard(draw(spec, seed, std), rank, size, spec.axis, spec.blocks, spec.padded)
+
+    with torch.no_grad(), ThreadPoolExecutor(THREADS) as pool:
+        # One generator draws one number after the other, so many tensors are drawn side by side; few lie ready.
+        ready = deque(pool.submit(values, parameter) for parameter in parameters[: 2 * THREADS])
+        for index, parameter in enumerate(parameters):
+            parameter.assign(ready.popleft().result())
+            if (later := index + 2 * THREADS) < len(parameters):
+                ready.append(pool.submit(values, parameters[later]))
     engine.weights_changed()
 
 
