@@ -66,6 +66,7 @@ class Library:
 
     def __init__(self, fails=None, code=100, devices=(("NVIDIA H200", 141 << 30), ("NVIDIA H100", 80 << 30))):
         self.fails, self.code, self.devices = fails, code, devices
+        self.capabilities = {75: (9, 8), 76: (0, 6)}
 
     def __getattr__(self, name):
         def call(*arguments):
@@ -96,6 +97,11 @@ class Library:
         return 0
 
 
+    def _cuDeviceGetAttribute(self, value, attribute, device):
+        value._obj.value = self.capabilities[attribute.value][device.value]
+        return 0
+
+
 @pytest.fixture
 def library(monkeypatch):
     """Replace libcuda; call with a Library or an exception."""
@@ -115,6 +121,14 @@ def library(monkeypatch):
 def test_the_cuda_probe_describes_the_smallest_gpu(library):
     library(Library())
     assert cuda.probe() == Probe(devices=2, memory=80 << 30, device_name="NVIDIA H100")
+
+
+def test_the_lowest_compute_capability_counts(library):
+    library(Library())
+    assert cuda.compute_capability() == (8, 6)
+    for silent in (Library(devices=()), Library(fails="cuDeviceGetAttribute"), OSError("no driver")):
+        library(silent)
+        assert cuda.compute_capability() is None
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ Shape legend: s rows, b batch, h query heads, g key-value heads, d and e head si
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 import types
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from loong_core import cli
 from loong_core.backends import cuda
 from loong_core.errors import Unsupported
 from loong_core.ops import choose
@@ -201,11 +203,19 @@ def test_it_wants_a_gpu_with_a_backward_kernel(installed, monkeypatch):
     assert chosen(request()).name == "flash4"
 
 
+def test_a_plan_with_dropout_takes_another(installed, tmp_path, capsys):
+    pytest.importorskip("loong_llm", reason="needs a real model family")
+    recipe = {"model": {"family": "qwen3", "config": "qwen3-0.6b"}, "data": {"seq_len": 64}, "precision": "bf16"}
+    (tmp_path / "r.json").write_text(json.dumps(recipe | {"backend": "cuda"}))
+    for dropout in (0.0, 0.1):
+        assert cli.run(["plan", str(tmp_path / "r.json"), f"model.dropout={dropout}", "--json"]) == 0
+        choice = json.loads(capsys.readouterr().out)["ops"]["attention"]
+        assert (choice["name"] == "flash4") == (dropout == 0) == ("no dropout" not in choice["reason"])
+
+
 def test_flash_attention_2_is_another_package(installed, tmp_path):
     (tmp_path / "cute" / "interface.py").unlink()
     assert "flash_attn.cute: not installed" in str(support.flash4(request()))
-    installed["flash_attn"] = None
-    installed["cutlass"] = None
 
 
 def test_without_the_package_the_reason_names_it():

@@ -110,11 +110,14 @@ def probe() -> Probe:
 
 
 def compute_capability() -> tuple[int, int] | None:
-    """The lowest compute capability of the visible CUDA devices, as (9, 0); None where there is none."""
+    """The lowest compute capability of the visible CUDA devices, as (9, 0); None where no device tells. Never raises."""
     if probe().devices == 0:
         return None
-    driver = _Driver()
-    return min(driver.capability(index) for index in range(driver.count()))
+    try:
+        driver = _Driver()
+        return min(driver.capability(index) for index in range(driver.count()))
+    except (OSError, AttributeError):
+        return None
 
 
 def setup(local_rank: int) -> str:
