@@ -104,7 +104,7 @@ class MegatronEngine:
 
     # ------------------------------------------------------------------------------------------ set-up
     def optimizer(self, section: OptimSection) -> None:
-        """Wrap the chunks for gradient reduction and build the distributed optimizer over their parameters."""
+        """Wrap the chunks for gradient reduction and build the optimizer over their buffers."""
         data_parallel = self.plan.dp * self.plan.cp > 1
         overlap = self._options.overlap and data_parallel
         settings = DistributedDataParallelConfig(

@@ -1,7 +1,7 @@
 """Bytes a rank needs, from the layout alone: an estimate to plan with, not a measurement.
 
-Sources. Weights, gradients and optimizer: megatron-core's distributed optimizer keeps parameters and the gradient
-buffer whole on every rank and shards the master copy and AdamW's two moments over dp x cp ranks (ZeRO stage 1,
+Sources. Weights, gradients and optimizer: megatron-core's buffers keep parameters and gradients whole on every rank;
+AdamW's two moments, and what the parameters lack of their masters, are sharded over dp x cp ranks (ZeRO stage 1,
 Rajbhandari et al. 2020); experts over their own data-parallel ranks. Activations: Korthikanti et al. 2022, "Reducing
 Activation Recomputation in Large Transformer Models": what tensor parallelism divides, what only sequence parallelism
 divides, and how many micro-batches a stage holds (section 4.2.3; for interleaved schedules the number of warm-up
@@ -73,11 +73,12 @@ def estimate(
 def _weights(count: Count, degrees: Degrees, precision: PrecisionPolicy) -> dict[str, int]:
     trained = count.dense_trained + count.expert_trained
     sharded = -(-count.dense_trained // (degrees.dp * degrees.cp)) + -(-count.expert_trained // degrees.expert_dp)
-    own_master = precision.master != precision.parameters
+    # A master weight is its parameter and a remainder (`loong_core.references.adamw.split`).
+    remainder = max(0, dtype_bytes(precision.master) - dtype_bytes(precision.parameters))
     return {
         "parameters": count.total * dtype_bytes(precision.parameters),
         "gradients": trained * dtype_bytes(precision.gradients),
-        "master": sharded * dtype_bytes(precision.master) if own_master else 0,
+        "master": sharded * remainder,
         "optimizer": 2 * sharded * dtype_bytes(precision.optimizer_state),
     }
 
