@@ -96,9 +96,7 @@ class ShardedAdamW:
         self._device = device
         self._section = section
         self._update = update
-        self._remainders = _keeps_remainders(precision)
-        self.state_names = [*MOMENTS, MASTER] if self._remainders else list(MOMENTS)
-        """What a shard can `read` and `write`."""
+        self._split = _split_dtype(precision)
         self._moments: torch.dtype = getattr(torch, precision.optimizer_state)
         self._trained = {trained for chunk in chunks for buffer in _buffers(chunk) for trained in buffer.params}
         self._shards = {trained: shard for chunk in chunks for trained, shard in self._cut(chunk, groups)}
@@ -125,7 +123,7 @@ class ShardedAdamW:
             gradient=gradient,
             exp_avg=torch.zeros_like(parameter, dtype=self._moments),
             exp_avg_sq=torch.zeros_like(parameter, dtype=self._moments),
-            remainder=torch.zeros_like(parameter, dtype=torch.int16) if self._remainders else None,
+            remainder=torch.zeros_like(parameter, dtype=torch.int16) if parameter.dtype == self._split else None,
             decayed=decayed,
             counted=counted,
         )
@@ -138,6 +136,10 @@ class ShardedAdamW:
     def shard(self, parameter: Tensor) -> Shard | None:
         """What this rank updates of `parameter`; None where that is nothing."""
         return self._shards.get(parameter)
+
+    def state_names(self, parameter: Tensor) -> list[str]:
+        """What shards of `parameter` can `read` and `write`, the same on every rank."""
+        return [*MOMENTS, MASTER] if parameter.dtype == self._split else list(MOMENTS)
 
     def shards(self) -> list[Shard]:
         """Everything this rank updates."""
@@ -207,11 +209,13 @@ def _counted(trained: Tensor, groups: Any) -> bool:
     )
 
 
-def _keeps_remainders(precision: PrecisionPolicy) -> bool:
+def _split_dtype(precision: PrecisionPolicy) -> torch.dtype | None:
+    """The dtype of parameters whose master weights are kept as remainders. Others (under a policy with bfloat16
+    parameters a module may ask for float32) are their own masters."""
     if precision.master == precision.parameters:
-        return False
+        return None
     if (precision.parameters, precision.master) == ("bfloat16", "float32"):
-        return True
+        return torch.bfloat16
     raise Unsupported(
         f"precision {precision.name}: AdamW keeps float32 master weights of bfloat16 parameters, or masters of the "
         f"parameters' own dtype; not {precision.master} of {precision.parameters}."

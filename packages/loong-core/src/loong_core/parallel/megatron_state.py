@@ -177,7 +177,7 @@ class _Part:
     """The range of a flattened parameter whose master weight and moments live on this rank (it may be empty)."""
 
     def __init__(self, optimizer: ShardedAdamW, parameter: LocalParameter) -> None:
-        self.names = optimizer.state_names
+        self.names = optimizer.state_names(parameter.trained)
         self.start = 0
         self._parameter = parameter
         self._shard = optimizer.shard(parameter.trained)
@@ -197,11 +197,13 @@ class _Part:
 
     def write(self, buffers: dict[str, Tensor]) -> None:
         """Take this rank's range out of full local tensors, by name."""
-        if MASTER in buffers:
-            # On every rank in full: what a parameter is rounded to must not depend on who holds its master.
-            self._parameter.tensor.copy_(split(buffers[MASTER])[0])
-        if self._shard is not None:
-            for name, full in buffers.items():
+        parameter = self._parameter.tensor
+        for name, stored in buffers.items():
+            full = stored.to(parameter.device)
+            if name == MASTER:
+                # On every rank in full: what a parameter is rounded to must not depend on who holds its master.
+                parameter.copy_(split(full)[0])
+            if self._shard is not None:
                 held = full.flatten()[self.start : self.start + self._range.stop - self._range.start]
                 self._shard.write(name, self._range, held)
 

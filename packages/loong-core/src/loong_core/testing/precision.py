@@ -122,7 +122,7 @@ def _measure(rank: int, recipe: Mapping[str, Any], folder: Path) -> dict[str, An
     losses.append(engine.evaluate(tiny.batches(run, STEPS))["loss"])
     (optimizer,) = [item for item in gc.get_objects() if isinstance(item, ShardedAdamW)]
     shards, everything = optimizer.shards(), slice(None)
-    own = MASTER not in optimizer.state_names
+    masters = [shard.parameter if shard.remainder is None else shard.read(MASTER, everything) for shard in shards]
     with torch.no_grad():
         # With targets a model answers with their losses, in float32.
         inputs = {name: tensor for name, tensor in tiny.batches(run)[0].items() if name != "targets"}
@@ -132,7 +132,7 @@ def _measure(rank: int, recipe: Mapping[str, Any], folder: Path) -> dict[str, An
         "parameters": _dtypes(p.tensor for p in engine.parameters()),
         "gradients": _dtypes(gradients),
         "output": str(output.dtype),
-        "master": _dtypes(shard.parameter if own else shard.read(MASTER, everything) for shard in shards),
+        "master": _dtypes(masters),
         "optimizer_state": _dtypes(shard.read(name, everything) for shard in shards for name in MOMENTS),
     }
 
