@@ -96,7 +96,6 @@ class Library:
         memory._obj.value = self.devices[device.value][1]
         return 0
 
-
     def _cuDeviceGetAttribute(self, value, attribute, device):
         value._obj.value = self.capabilities[attribute.value][device.value]
         return 0

@@ -266,6 +266,8 @@ without_it = [
     pytest.mark.gpu,
     pytest.mark.skipif(cuda.probe().devices == 0, reason="needs a CUDA device"),
     pytest.mark.skipif(not all(support._flash4_packages().values()), reason="needs flash-attn-4"),
+    # The DSL warns its own authors while it compiles.
+    pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"),
 ]
 
 

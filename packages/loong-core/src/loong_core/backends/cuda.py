@@ -110,7 +110,7 @@ def probe() -> Probe:
 
 
 def compute_capability() -> tuple[int, int] | None:
-    """The lowest compute capability of the visible CUDA devices, as (9, 0); None where no device tells. Never raises."""
+    """The lowest compute capability of the visible devices, as (9, 0); None where none tells. Never raises."""
     if probe().devices == 0:
         return None
     try:
