@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from loong_core.parallel.gradient_buffer import buffer_of, mark_added
@@ -20,13 +21,18 @@ from loong_ops.permutation import Permutation, sort_by_expert
 
 
 class Tile(NamedTuple):
-    """How a product is cut: blocks of m x n of the result, in steps of k, `stages` steps in flight, `warps` a block."""
+    """How a product is cut: blocks of m x n of the result, in steps of k, `stages` steps in flight, `warps` a block.
+
+    A program computes at most `group` blocks of a row of blocks, and finishes each in `parts` parts of its columns.
+    """
 
     m: int
     n: int
     k: int
     stages: int
     warps: int
+    group: int = 1
+    parts: int = 1
 
 
 class Config(NamedTuple):
@@ -41,20 +47,27 @@ class Config(NamedTuple):
 
 
 HOPPER = Config(
-    up=Tile(128, 256, 64, 3, 8),
-    down=Tile(128, 256, 64, 3, 8),
-    activation_gradient=Tile(128, 128, 64, 4, 8),
-    hidden_gradient=Tile(128, 256, 64, 3, 8),
-    up_gradient=Tile(128, 256, 64, 3, 8),
-    down_gradient=Tile(128, 256, 64, 3, 8),
+    up=Tile(128, 256, 64, 3, 8, group=8, parts=4),
+    down=Tile(128, 256, 64, 3, 8, group=8, parts=2),
+    activation_gradient=Tile(128, 256, 64, 3, 8, group=8, parts=4),
+    hidden_gradient=Tile(128, 256, 64, 3, 8, group=8, parts=2),
+    # Their rows are found through `order`, itself loaded ahead, which takes half of the stages: three are in flight.
+    up_gradient=Tile(128, 256, 64, 6, 8, group=8, parts=4),
+    down_gradient=Tile(128, 256, 64, 6, 8, group=8, parts=4),
 )
-FLOAT32 = Config(*[Tile(64, 64, 32, 2, 4)] * 6)
+FLOAT32 = Config(*[Tile(64, 64, 16, 2, 8)] * 6)
+UNALIGNED = Config(*[Tile(64, 64, 32, 2, 8)] * 6)
+PROGRAMS = 8 * 132
+"""Programs that a grid should have where the problem allows: with fewer, the last wave leaves many processors idle."""
 
 
-def config_of(dtype: torch.dtype, rows: int, experts: int, f: int) -> Config:
-    """The tiles for `rows` rows over `experts` experts of size `f`."""
+def config_of(dtype: torch.dtype, rows: int, experts: int, n: int, f: int) -> Config:
+    """The tiles for `rows` rows of n numbers over `experts` experts of size `f`."""
     if dtype == torch.float32:
         return FLOAT32
+    if n % 8 or f % 8:
+        # Not what TMA can read (16 bytes): every load goes through registers, which hold smaller tiles only.
+        return UNALIGNED
     if rows < 64 * experts or f < 128:
         # Few rows an expert: half of a tall tile would be empty.
         return Config(*(tile._replace(m=64, n=min(tile.n, 128), warps=4) for tile in HOPPER))
@@ -79,7 +92,7 @@ def experts(
     Its backward can run once for a forward, because the gradient of gate_up takes gate_up's place.
     """
     rows = chosen.numel() if pairs is None else pairs
-    config = _config or config_of(hidden.dtype, rows, len(up), down.shape[-1])
+    config = _config or config_of(hidden.dtype, rows, len(up), *down.shape[1:])
     out: Tensor = _Experts.apply(hidden, up, down, weights, chosen, first, rows, config)
     return out
 
@@ -111,6 +124,7 @@ class _Experts(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.used:
             raise RuntimeError("experts: a second backward through the same forward. Run the forward again before it.")
@@ -151,12 +165,11 @@ def up_product(hidden: Tensor, up: Tensor, weights: Tensor, plan: Permutation, t
     rows, f, n = len(plan.order), up.shape[1] // 2, up.shape[2]
     gate_up, act = hidden.new_empty((rows, 2 * f)), hidden.new_empty((rows, f))
     n_block, k_block = min(tile.n, 2 * _power_of_2(f)), min(tile.k, _power_of_2(n))
-    halves = up.view(2 * len(up), f, n)
-    right = _descriptor(halves, (2, n_block // 2, k_block))
-    grid = (len(plan.tiles) * triton.cdiv(f, n_block // 2),)
+    right = _descriptor(up.view(2 * len(up), f, n), (2, n_block // 2, k_block))
+    grid, group = _grid(len(plan.tiles), triton.cdiv(f, n_block // 2), tile)
     kernels.up_kernel[grid](
-        hidden, up if right is None else right, weights, plan.order, plan.offsets, plan.tiles, gate_up, act, n, f,
-        M=plan.tile, N=n_block, K=k_block, SLOTS=weights.shape[-1],
+        hidden, up if right is None else right, weights, plan.order, plan.tiles, gate_up, act, n, f,
+        M=plan.tile, N=n_block, K=k_block, GROUP=group, PARTS=_parts(n_block // 2, tile), SLOTS=weights.shape[-1],
         RIGHT_DESCRIPTOR=right is not None, EVEN=n % k_block == 0, num_stages=tile.stages, num_warps=tile.warps,
     )  # fmt: skip
     return gate_up, act
@@ -169,10 +182,10 @@ def row_product(left: Tensor, right: Tensor, plan: Permutation, tile: Tile, *, k
     n_block, k_block = min(tile.n, _power_of_2(n)), min(tile.k, _power_of_2(k))
     rows = _descriptor(left, (plan.tile, k_block))
     matrices = _descriptor(right, (1, k_block, n_block) if k_first else (1, n_block, k_block))
-    grid = (len(plan.tiles) * triton.cdiv(n, n_block),)
+    grid, group = _grid(len(plan.tiles), triton.cdiv(n, n_block), tile)
     kernels.row_kernel[grid](
-        left if rows is None else rows, right if matrices is None else matrices, plan.offsets, plan.tiles, out, n, k,
-        M=plan.tile, N=n_block, K=k_block, K_FIRST=k_first,
+        left if rows is None else rows, right if matrices is None else matrices, plan.tiles, out, n, k,
+        M=plan.tile, N=n_block, K=k_block, GROUP=group, PARTS=_parts(n_block, tile), K_FIRST=k_first,
         LEFT_DESCRIPTOR=rows is not None, RIGHT_DESCRIPTOR=matrices is not None, EVEN=k % k_block == 0,
         num_stages=tile.stages, num_warps=tile.warps,
     )  # fmt: skip
@@ -189,19 +202,24 @@ def activation_gradient(
     *,
     with_act: bool = True,
     with_weights: bool = True,
+    out: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Turn gate_up [p,2f] into its gradient; if wanted, act [p,f] and the gradient of weights in parts [p,parts]."""
+    """Write the gradient of gate_up [p,2f] to `out`, by default over gate_up.
+
+    Returns, if wanted, act [p,f] and the gradient of weights in shares [p,shares].
+    """
     n, f = down.shape[1:]
     rows = len(gate_up)
     n_block, k_block = min(tile.n, _power_of_2(f)), min(tile.k, _power_of_2(n))
+    parts, f_tiles = _parts(n_block, tile), triton.cdiv(f, n_block)
     act = gate_up.new_empty((rows, f)) if with_act else None
-    parts = triton.cdiv(f, n_block)
-    partial = gate_up.new_empty((rows, parts), dtype=torch.float32) if with_weights else None
+    partial = gate_up.new_empty((rows, f_tiles * parts), dtype=torch.float32) if with_weights else None
     right = _descriptor(down, (1, k_block, n_block))
-    kernels.activation_gradient_kernel[(len(plan.tiles) * parts,)](
-        gradient, down if right is None else right, weights, plan.order, plan.offsets, plan.tiles, gate_up,
-        gate_up if act is None else act, gate_up if partial is None else partial, n, f,
-        M=plan.tile, N=n_block, K=k_block, SLOTS=weights.shape[-1],
+    grid, group = _grid(len(plan.tiles), f_tiles, tile)
+    kernels.activation_gradient_kernel[grid](
+        gradient, down if right is None else right, weights, plan.order, plan.tiles, gate_up,
+        gate_up if out is None else out, gate_up if act is None else act, gate_up if partial is None else partial, n, f,
+        M=plan.tile, N=n_block, K=k_block, GROUP=group, PARTS=parts, SLOTS=weights.shape[-1],
         RIGHT_DESCRIPTOR=right is not None, EVEN=n % k_block == 0, WITH_ACT=with_act, WITH_WEIGHTS=with_weights,
         num_stages=tile.stages, num_warps=tile.warps,
     )  # fmt: skip
@@ -226,12 +244,12 @@ def weight_gradient(
     m_block, n_block = min(tile.m, _power_of_2(m)), min(tile.n, _power_of_2(n))
     rows_left = None if gathered == "left" else _descriptor(left, (tile.k, m_block))
     rows_right = None if gathered == "right" else _descriptor(right, (tile.k, n_block))
-    grid = (len(weight) * triton.cdiv(m, m_block) * triton.cdiv(n, n_block),)
+    grid, group = _grid(len(weight) * triton.cdiv(m, m_block), triton.cdiv(n, n_block), tile)
     kernels.weight_gradient_kernel[grid](
         left if rows_left is None else rows_left, right if rows_right is None else rows_right,
-        plan.order, plan.offsets, plan.heaviest, out, m, n, M=m_block, N=n_block, K=tile.k, SLOTS=slots,
-        LEFT_GATHER=gathered == "left", RIGHT_GATHER=gathered == "right",
-        LEFT_DESCRIPTOR=rows_left is not None, RIGHT_DESCRIPTOR=rows_right is not None,
+        plan.order, plan.offsets, plan.heaviest, out, m, n,
+        M=m_block, N=n_block, K=tile.k, GROUP=group, PARTS=_parts(n_block, tile), SLOTS=slots,
+        LEFT_GATHER=gathered == "left", LEFT_DESCRIPTOR=rows_left is not None, RIGHT_DESCRIPTOR=rows_right is not None,
         LEFT_EVEN=m % m_block == 0, RIGHT_EVEN=n % n_block == 0, ADD=direct,
         num_stages=tile.stages, num_warps=tile.warps,
     )  # fmt: skip
@@ -256,13 +274,26 @@ def combine(rows: Tensor, plan: Permutation, slots: int) -> Tensor:
 
 
 def routing_gradient(partial: Tensor, plan: Permutation, weights: Tensor) -> Tensor:
-    """The gradient of weights [t,k] from its parts [p,parts]."""
+    """The gradient of weights [t,k] from its shares [p,shares]."""
     out = torch.empty_like(weights)
     pairs = weights.numel()
     kernels.routing_gradient_kernel[(triton.cdiv(pairs, 256),)](
         partial, plan.position, out, pairs, partial.shape[1], BLOCK=256, num_warps=4
     )
     return out
+
+
+def _grid(row_blocks: int, column_blocks: int, tile: Tile) -> tuple[tuple[int], int]:
+    """The grid, and how many blocks of a row a program computes: as many as leave enough programs."""
+    group = min(tile.group, column_blocks)
+    while group > 1 and row_blocks * triton.cdiv(column_blocks, group) < PROGRAMS:
+        group //= 2
+    return (row_blocks * triton.cdiv(column_blocks, group),), group
+
+
+def _parts(columns: int, tile: Tile) -> int:
+    """Parts in which a block of so many columns is finished, none narrower than what a store writes at once."""
+    return max(1, min(tile.parts, columns // 16))
 
 
 def _power_of_2(size: int) -> int:

@@ -65,5 +65,5 @@ CASES = (
     _experts("held_elsewhere_counted", [[3, 0], [7, 4], [4, 3]], 2, 16, 8, first=3, pairs=4),
     _experts("none_held_here", [[0, 1], [1, 0], [0, 5]], 2, 16, 8, first=2),
     _experts("none_held_here_counted", [[0, 1], [1, 0]], 2, 16, 8, first=2, pairs=0),
-    _experts("wide", _spread_over(5, 2, [0, 1]), 2, 129, 65),
+    _experts("wide", _spread_over(5, 2, [0, 1]), 2, 70, 35),
 )
