@@ -62,6 +62,7 @@ TRITON: dict[str, str] = {
     "adamw": "adamw",
     "cross_entropy": "cross_entropy",
     "linear_cross_entropy": "linear_cross_entropy",
+    "rms_norm": "rms_norm",
     "rotary_qkv": "rotary_qkv",
     "swiglu": "swiglu",
     "route": "route",

@@ -164,7 +164,8 @@ def _forward_kernel(
     count = tl.zeros([tokens, padded], tl.int32)
     total = tl.zeros([tokens, padded], tl.float32)
     for first in range(program * tokens, t, tl.num_programs(0) * tokens):
-        rows = tl.cast(first, tl.int64) + tl.arange(0, tokens)[:, None]
+        index = tl.cast(first, tl.int64) + tl.arange(0, tokens)
+        rows = index[:, None]
         inside = (rows < t) & (columns < e)
         values = tl.load(logits + rows * stride + columns, mask=inside, other=0.0).to(tl.float32)
         keys = tl.where(columns < e, _sortable(values), -0x80000000)
@@ -187,7 +188,7 @@ def _forward_kernel(
         tl.store(experts + rows * top_k + columns, best, mask=taken)
         counted = inside
         if valid is not None:
-            counted = inside & (tl.load(valid + rows * valid_stride, mask=rows < t, other=0) != 0)
+            counted = inside & (tl.load(valid + index * valid_stride, mask=index < t, other=0) != 0)[:, None]
         count += (counted & (keys == -0x80000000)).to(tl.int32)
         total += tl.where(counted, shares, 0.0)
     columns = tl.arange(0, padded)
