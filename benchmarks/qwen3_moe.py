@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,9 @@ TIMING = (
     "allocated on the fullest device during the timed steps. Losses: mean over the counted tokens of the global "
     "batch, without the load-balancing loss."
 )
+
+
+SIDES = ("loong", "megatron")
 
 
 class Failed(Exception):
@@ -100,21 +104,35 @@ def run(row: Row, options: argparse.Namespace, folder: Path, run_id: str) -> dic
     path = options.out / f"{row.name}.json"
     result |= kept(path, result, options.only)
     say(row, f"data ready after {time.perf_counter() - began:.0f} s, floor {result['work']['floor_ms_790']:.1f} ms")
-    for side, start in (("loong", loong), ("megatron", megatron)):
-        if options.only in (None, side):
-            began = time.perf_counter()
-            try:
-                result[side] = start(row, options, folder, words, result["work"])
-            except Failed as error:
-                result[side] = {"error": relative(str(error), folder)}
-            result[side] |= {"run": run_id, "seconds": time.perf_counter() - began, "commit": revision(options)}
-            finished = [result.get(name) for name in ("loong", "megatron")]
+    sides = [side for side in SIDES if options.only in (None, side)]
+    with ThreadPoolExecutor(len(sides) if options.side_by_side else 1) as pool:
+        running = {
+            pool.submit(measured, row, side, options, folder, words, result["work"], number): side
+            for number, side in enumerate(sides)
+        }
+        for done in as_completed(running):
+            side = running[done]
+            result[side] = done.result() | {"run": run_id, "commit": revision(options)}
+            finished = [result.get(name) for name in SIDES]
             if all(found and "error" not in found for found in finished):
                 result["comparison"] = report.compare(*finished)
                 result["comparison"]["one_run"] = finished[0]["run"] == finished[1]["run"]
             path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
             say(row, f"{side} {outcome(result[side])}, {result[side]['seconds']:.0f} s in all")
     return result
+
+
+def measured(
+    row: Row, side: str, options: argparse.Namespace, folder: Path, words: list[str], work: dict[str, Any], number: int
+) -> dict[str, Any]:
+    """One side, on a device of its own where both run at the same time; what went wrong instead, if something did."""
+    began = time.perf_counter()
+    where = {"CUDA_VISIBLE_DEVICES": str(number)} if options.side_by_side else {}
+    try:
+        found = {"loong": loong, "megatron": megatron}[side](row, options, folder, words, work, where)
+    except Failed as error:
+        found = {"error": relative(str(error), folder)}
+    return found | {"seconds": time.perf_counter() - began, "beside_the_other": options.side_by_side}
 
 
 def outcome(side: dict[str, Any]) -> str:
@@ -205,12 +223,19 @@ def kept(path: Path, result: dict[str, Any], only: str | None) -> dict[str, Any]
 
 
 # ------------------------------------------------------------------------------------------------ the two sides
-def loong(row: Row, options: argparse.Namespace, folder: Path, words: list[str], work: dict[str, Any]) -> report.Side:
+def loong(
+    row: Row,
+    options: argparse.Namespace,
+    folder: Path,
+    words: list[str],
+    work: dict[str, Any],
+    where: dict[str, str],
+) -> report.Side:
     """`loong train`, and what it left in its run folder."""
     run_folder = folder / "runs" / row.name
     tokenizer = folder / "tokenizer"
     words = [*words, *([f"data.tokenizer={tokenizer}"] if tokenizer.is_dir() else [])]
-    call([sys.executable, "-m", "loong_core", "train", row.recipe, *words], folder / "loong.log", {})
+    call([sys.executable, "-m", "loong_core", "train", row.recipe, *words], folder / "loong.log", where)
     steps = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     if [step["tokens"] for step in steps] != work["counted_tokens"]:
         raise Failed("loong trained on other tokens than those written for the peer")
@@ -230,7 +255,12 @@ def loong(row: Row, options: argparse.Namespace, folder: Path, words: list[str],
 
 
 def megatron(
-    row: Row, options: argparse.Namespace, folder: Path, words: list[str], work: dict[str, Any]
+    row: Row,
+    options: argparse.Namespace,
+    folder: Path,
+    words: list[str],
+    work: dict[str, Any],
+    where: dict[str, str],
 ) -> report.Side:
     """megatron-core on the same batches; with more recomputation only where it would not fit."""
     chosen: dict[str, Any] = {
@@ -254,7 +284,7 @@ def megatron(
             call(
                 [*_python(options.world), HERE / "megatron_peer.py", folder / "job.json"],
                 folder / "peer.log",
-                PEER_ENVIRONMENT,
+                PEER_ENVIRONMENT | where,
             )
         except Failed as error:
             if number + 1 == len(attempts) or "out of memory" not in str(error).lower():
@@ -278,7 +308,7 @@ def call(command: list[Any], log: Path, environment: dict[str, str]) -> None:
     """Run a program with its output in `log`. Raises Failed with the end of the log."""
     words = [str(word) for word in command]
     with log.open("wb") as file:
-        variables = {**ENVIRONMENT, **environment, **os.environ}
+        variables = {**ENVIRONMENT, **os.environ, **environment}
         done = subprocess.run(words, stdout=file, stderr=subprocess.STDOUT, env=variables, check=False)
     if done.returncode:
         text = log.read_text(encoding="utf-8", errors="replace")
@@ -337,6 +367,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=3, help="steps before them")
     parser.add_argument("--curve-steps", type=int, default=200, help="steps of the row `curves`")
     parser.add_argument("--only", choices=["loong", "megatron"], help="one side; the other stays as the file has it")
+    parser.add_argument(
+        "--side-by-side", action="store_true", help="both sides at the same time, each on a GPU of its own (--world 1)"
+    )
     parser.add_argument("--stop-after", type=float, metavar="SECONDS", help="start no further row after so long")
     parser.add_argument("--work", type=Path, help="folder for data, runs and logs; left in place")
     parser.add_argument("--loong", action="append", default=[], metavar="KEY=VALUE", help="a recipe override")
@@ -347,6 +380,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true", help="two small layers and short rows, to try the script")
     options = parser.parse_args()
     options.rows = [name for name in options.rows.split(",") if name]
+    if options.side_by_side and options.world != 1:
+        parser.error("--side-by-side gives each side one GPU: it goes with --world 1")
     if unknown := [name for name in options.rows if name not in ROWS]:
         parser.error(f"no row {', '.join(unknown)}; there are {', '.join(ROWS)}")
     options.out, options.peer = options.out.absolute(), dict(_setting(word, parser) for word in options.peer)
