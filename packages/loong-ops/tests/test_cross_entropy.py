@@ -46,6 +46,13 @@ def test_rows_longer_than_a_block(monkeypatch, width):
     torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-6)
 
 
+def test_a_target_of_another_rank_touches_no_padding():
+    logits, targets = torch.zeros(1, 8), torch.tensor([6])
+    loss, peaks, inverses = torch.empty(3, 1)
+    module.write_losses(logits, targets, module.Share(first=0, held=5, group=None), loss, peaks, inverses, logits)
+    torch.testing.assert_close(logits, torch.tensor([[0.2] * 5 + [0.0] * 3]))
+
+
 def test_large_and_infinite_logits():
     logits = torch.tensor([[1e4, -1e4, 0.0], [float("-inf"), 2.0, 1.0], [-3e4, -3e4, -3e4]]).requires_grad_()
     targets = torch.tensor([0, 2, 1])

@@ -11,6 +11,7 @@ from loong_core.errors import DataError
 from loong_core.parallel import memory
 from loong_core.references.linear_cross_entropy import linear_cross_entropy as reference
 from loong_core.testing import OpContract
+from loong_core.testing.op import poisoned_memory
 from loong_core.testing.ranks import run_ranks
 from loong_ops import cross_entropy
 from loong_ops import linear_cross_entropy as module
@@ -32,7 +33,8 @@ class TestLinearCrossEntropyOnCuda(OpContract):
     dtypes = ("float32", "bfloat16", "float16")
 
 
-VOCABULARY, ROWS, HIDDEN = 13, 16, 6
+VOCABULARY, ROWS, HIDDEN = 13, 80, 6
+"""Of the rows 13 count, 51 more align them, and the last take no part at all."""
 
 
 def inputs(tokens=7, dtype=torch.float32):
@@ -66,11 +68,24 @@ def upstream_of(kind, tokens):
 def test_chunks_that_do_not_divide_the_tokens(kind, chunk):
     hidden, weight, targets = inputs()
     upstream = upstream_of(kind, 7)
-    loss = linear_cross_entropy(hidden, weight, targets, vocabulary=VOCABULARY, _chunk=chunk)
-    found = loss.detach(), *torch.autograd.grad(loss, (hidden, weight), upstream)
+    with poisoned_memory():
+        loss = linear_cross_entropy(hidden, weight, targets, vocabulary=VOCABULARY, _chunk=chunk)
+        found = loss.detach(), *torch.autograd.grad(loss, (hidden, weight), upstream)
     assert_near(found, expected(hidden, weight, targets, upstream))
     assert (found[2][VOCABULARY:] == 0).all(), "padding has no gradient"
     assert (found[1][targets == -100] == 0).all()
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.bfloat16, 2e-2), (torch.float16, 4e-3)])
+def test_one_factor_for_all_in_half_precision(dtype, limit):
+    """The contract's factors are the tokens' own, so that it tries the other way alone."""
+    hidden, weight, targets = inputs(9, dtype)
+    upstream = torch.tensor(1 / 3).expand(9)
+    loss = linear_cross_entropy(hidden, weight, targets, vocabulary=VOCABULARY, _chunk=4)
+    found = loss.detach(), *torch.autograd.grad(loss, (hidden, weight), upstream)
+    assert [part.dtype for part in found] == [torch.float32, dtype, dtype]
+    for one, exact in zip(found, expected(hidden, weight, targets, upstream), strict=True):
+        assert (one.double() - exact).abs().max() <= limit * exact.abs().max()
 
 
 def test_the_head_that_sums_keeps_one_factor(monkeypatch):
@@ -87,7 +102,8 @@ def test_the_weight_gradient_joins_its_buffer(kind):
     hidden, weight, targets = inputs()
     weight.main_grad = torch.full((ROWS, HIDDEN), 2.0)
     upstream = upstream_of(kind, 7)
-    linear_cross_entropy(hidden, weight, targets, vocabulary=VOCABULARY, _chunk=3).backward(upstream)
+    with poisoned_memory():
+        linear_cross_entropy(hidden, weight, targets, vocabulary=VOCABULARY, _chunk=3).backward(upstream)
     _, hidden_gradient, weight_gradient = expected(hidden, weight, targets, upstream)
     assert weight.grad_added_to_main_grad
     assert_near([hidden.grad, weight.main_grad], [hidden_gradient, weight_gradient + 2.0])
@@ -115,7 +131,7 @@ def test_nothing_is_computed_for_what_is_frozen(monkeypatch, kind, frozen):
     monkeypatch.setattr(module, "_multiply", lambda *a, **k: (products.append(a[2].shape), multiply(*a, **k)))
     linear_cross_entropy(hidden, weight, targets, vocabulary=VOCABULARY).backward(upstream)
     assert_near([free.grad], [wanted])
-    assert set(products) == {tuple(free.shape) if frozen else (16, HIDDEN)}
+    assert set(products) == {tuple(free.shape) if frozen else (64, HIDDEN)}
 
 
 def test_evaluation_computes_and_keeps_no_gradient(monkeypatch):

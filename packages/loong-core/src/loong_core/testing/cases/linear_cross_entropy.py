@@ -34,6 +34,6 @@ CASES = (
     _linear("odd", [0, 6, 2, 3, 1, 5, 6], 7, 9, 7),
     _linear("uncounted", [-100, 6, -100, 2, 0, -100], 7, 8, 7),
     _linear("nothing_counts", [-100, -100], 7, 8, 7),
-    _linear("padded_vocabulary", [0, 4, 3, -100, 130, 2], 192, 12, 131),
+    _linear("padded_vocabulary", [0, 4, 3, -100, 130, 2], 200, 12, 131),
     _linear("confident", [0, 4, 3], 16, 8, 13, spread=1.2),
 )
