@@ -17,7 +17,7 @@ FUNCTION_LINES = 60
 FAMILY_LINES = 150
 HOOKSPEC_LINES = 250
 HOOKS = 20
-MEGATRON_FILES = 12
+MEGATRON_FILES = 14
 
 ROOT = Path(__file__).resolve().parents[1]
 _MEGATRON = re.compile(r"^\s*(?:from|import)\s+megatron\.core\b", re.MULTILINE)

@@ -27,7 +27,18 @@ RECIPE, PLAN, MANIFEST = "recipe.yaml", "plan.json", "manifest.json"
 TOKENIZER = "tokenizer"
 _IDENTITY = ("model", "task", "data", "precision", "run.seed")
 _MAY_CHANGE = ("data.micro_batch", "data.eval", "data.cache")
-LIBRARIES = ("torch", "megatron-core", "transformer-engine", "transformers", "tokenizers", "safetensors", "numpy")
+LIBRARIES = (
+    "torch",
+    "triton",
+    "megatron-core",
+    "transformer-engine",
+    "flash-attn-4",
+    "quack-kernels",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+)
 
 
 def folder_of(recipe: Recipe) -> Path:

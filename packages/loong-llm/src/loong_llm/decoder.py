@@ -60,6 +60,8 @@ def role_of(name: str, layers_here: tuple[int, ...]) -> str | None:
 class Decoder(GPTModel):
     """One pipeline chunk of a decoder-only model; satisfies `loong_core.parallel.build.Chunk`."""
 
+    output_layer: Any
+
     def __init__(self, shape: ModelShape, context: BuildContext, config: TransformerConfig, index: int) -> None:
         fields = shape.fields
         self._index = index

@@ -35,8 +35,8 @@ class Experts(nn.Module):
         """`count` experts; megatron-core's arguments."""
         super().__init__()
         cut = pg_collection.expt_tp.size()
-        size, where = config.moe_ffn_hidden_size // cut, {"device": torch.cuda.current_device()}
-        where["dtype"] = config.params_dtype
+        size = config.moe_ffn_hidden_size // cut
+        where: dict[str, Any] = {"dtype": config.params_dtype, "device": torch.cuda.current_device()}
         self.up = nn.Parameter(torch.empty(count, 2 * size, config.hidden_size, **where))
         self.down = nn.Parameter(torch.empty(count, config.hidden_size, size, **where))
         replicated = config.expert_model_parallel_size == 1 and cut == config.tensor_model_parallel_size

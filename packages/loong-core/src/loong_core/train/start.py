@@ -49,8 +49,8 @@ def freeze(run: Run, engine: Engine) -> None:
                 f"model.freeze: {parameter.spec.role} is trained together with the other experts of its layer, so they "
                 "freeze together. Use a pattern that matches all of them, as layers.3.moe.*."
             )
-    for tensor, match in matched.items():
-        tensor.requires_grad_(match == {False})
+    for tensor, found in matched.items():
+        tensor.requires_grad_(found == {False})
 
 
 def format_of(folder: Path, registry: Registry) -> CheckpointFormat:
