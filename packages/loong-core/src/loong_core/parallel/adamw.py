@@ -1,9 +1,9 @@
 """AdamW over the flat gradient buffers of megatron-core: every rank updates its range of each bucket, in one pass.
 
-Not megatron-core's `DistributedOptimizer`: that updates copies in float32 and copies them back, scales all gradients in
-a pass of its own to clip them, and keeps master weights as remainders only with Transformer Engine's FusedAdam, so
-never on a CPU. What is left of it is here: which range of a parameter belongs to which rank (the buffers say so) and
-which gradients count for the norm. Both follow megatron-core 0.19, whose buffers have one user the more.
+Not megatron-core's `DistributedOptimizer`: that updates float32 copies and copies them back, clips by a pass of its own
+over all gradients, and keeps master weights as remainders only through Transformer Engine's FusedAdam, so never on a
+CPU. What is needed of it is little: which range of a parameter belongs to which rank. Of megatron-core 0.19 this uses
+what the buffers of its data-parallel wrapper show every optimizer: buckets, their data, and where parameters lie in them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 
 from loong_core.errors import Unsupported
 from loong_core.references.adamw import join, split
@@ -77,18 +76,19 @@ class Shard:
 class ShardedAdamW:
     """AdamW with clipping by the global norm over what `chunks` train, megatron-core's data-parallel wrappers.
 
-    `groups` is megatron-core's `ProcessGroupCollection`, `update` the op `adamw`. bfloat16 parameters whose policy asks
-    for float32 masters keep those as two bytes more each; parameters of the policy's `master` dtype are their own
-    masters. Raises `Unsupported` for any other pair. There is no weight decay on biases and norms.
+    `counts` tells whether a parameter's gradient is part of the norm on this rank, `update` is the op `adamw`. bfloat16
+    parameters whose policy asks for float32 masters keep those as two bytes more each; parameters of the policy's
+    `master` dtype are their own masters. Raises `Unsupported` for any other pair. There is no weight decay on biases
+    and norms.
     """
 
     def __init__(
         self,
         chunks: Sequence[Any],
-        groups: Any,
         section: OptimSection,
         precision: PrecisionPolicy,
         update: Callable[..., None],
+        counts: Callable[[Tensor], bool],
         device: str,
     ) -> None:
         self.steps = 0
@@ -99,9 +99,9 @@ class ShardedAdamW:
         self._split = _split_dtype(precision)
         self._moments: torch.dtype = getattr(torch, precision.optimizer_state)
         self._trained = {trained for chunk in chunks for buffer in _buffers(chunk) for trained in buffer.params}
-        self._shards = {trained: shard for chunk in chunks for trained, shard in self._cut(chunk, groups)}
+        self._shards = {trained: shard for chunk in chunks for trained, shard in self._cut(chunk, counts)}
 
-    def _cut(self, chunk: Any, groups: Any) -> Iterator[tuple[Tensor, Shard]]:
+    def _cut(self, chunk: Any, counts: Callable[[Tensor], bool]) -> Iterator[tuple[Tensor, Shard]]:
         """This rank's ranges, in the order of the buffers: bucket by bucket, where every rank holds an equal part."""
         names = {parameter: name for name, parameter in chunk.module.named_parameters()}
         for buffer in _buffers(chunk):
@@ -114,7 +114,7 @@ class ShardedAdamW:
                     if first < last:
                         ranges = first - begin, bucket.param_data[first:last], bucket.grad_data[first:last]
                         decayed = trained.dim() > 1 and not names[trained].endswith(".bias")
-                        yield trained, self._shard(*ranges, decayed=decayed, counted=_counted(trained, groups))
+                        yield trained, self._shard(*ranges, decayed=decayed, counted=counts(trained))
 
     def _shard(self, start: int, parameter: Tensor, gradient: Tensor, *, decayed: bool, counted: bool) -> Shard:
         return Shard(
@@ -199,14 +199,6 @@ class ShardedAdamW:
 
 def _buffers(chunk: Any) -> list[Any]:
     return [*chunk.buffers, *chunk.expert_parallel_buffers]
-
-
-def _counted(trained: Tensor, groups: Any) -> bool:
-    """Whether the gradient of `trained` counts on this rank: not where tensor parallelism or tied embeddings hold it
-    twice. Ranges already differ between the ranks that hold the same parameter."""
-    return not getattr(trained, "shared", False) and param_is_not_tensor_parallel_duplicate(
-        trained, tp_group=groups.tp, expert_tp_group=groups.expt_tp
-    )
 
 
 def _split_dtype(precision: PrecisionPolicy) -> torch.dtype | None:

@@ -125,7 +125,7 @@ class MegatronEngine:
             for index, module in enumerate(self.modules)
         ]
         self._optimizer = ShardedAdamW(
-            self._wrapped, self.groups, section, self._run.precision, self._run.ops.adamw, self.device
+            self._wrapped, section, self._run.precision, self._run.ops.adamw, self._counts, self.device
         )
         megatron_state.set_masters(self, self._optimizer)
         for module in self.modules:
@@ -147,6 +147,13 @@ class MegatronEngine:
             chunk.train()
             chunk.zero_grad_buffer()
         return self._sweep(cast(Any, self._wrapped), batches, forward_only=False)
+
+    def _counts(self, parameter: Any) -> bool:
+        """Whether the norm takes the parameter's gradient from this rank: not where tensor parallelism or tied
+        embeddings hold it twice. Data-parallel ranks hold different ranges of it."""
+        return not getattr(parameter, "shared", False) and tensor_parallel.param_is_not_tensor_parallel_duplicate(
+            parameter, tp_group=self.groups.tp, expert_tp_group=self.groups.expt_tp
+        )
 
     def _finish_gradients(self, chunks: Any, counted: Tensor | None, **others: Any) -> None:
         """Reduce the gradients. The division by the global count is left to the update: it would be one more pass over
