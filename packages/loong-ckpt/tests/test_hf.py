@@ -224,7 +224,7 @@ def test_layouts_load_their_parts_and_write_the_same_bytes(
         run = make_run(family, config, tmp_path / "run", plan, rank, model={"weights": tmp_path / "in"})
         engine = engine_for(run)
         hf.load(tmp_path / "in", run, engine)
-        for spec, tensor in engine.held:
+        for spec, tensor, *_ in engine.held:
             size = plan.tp if spec.expert is None else plan.etp
             expected = shard(full[spec.role], rank % size, size, spec.axis, spec.blocks, spec.padded)
             assert torch.equal(tensor, expected), spec.role
@@ -300,7 +300,7 @@ def test_random_weights_export(tmp_path: Path) -> None:
     (tmp_path / "run" / "tokenizer" / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|end|>"}))
     (tmp_path / "run" / "tokenizer" / "notes.txt").write_text("not part of a tokenizer")
     engine = engine_for(run)
-    for _, tensor in engine.held:
+    for _, tensor, *_ in engine.held:
         tensor.normal_()
     config.pop("eos_token_id")
     hf.save(tmp_path / "out", run, engine)

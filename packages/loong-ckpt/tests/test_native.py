@@ -37,7 +37,7 @@ def run(tmp_path: Path, config: dict[str, Any]) -> Any:
 
 
 def filled(engine: MemoryEngine, value: float) -> MemoryEngine:
-    for _, tensor in engine.held:
+    for _, tensor, *_ in engine.held:
         tensor.fill_(value)
     return engine
 
@@ -60,7 +60,7 @@ def test_what_is_saved_comes_back(run: Any) -> None:
     engine = engine_for(run)
     state = native.load_checkpoint(run, engine, path)
     assert (state["step"], state["seed"], state["data"]) == (5, 0, {"row": 5})
-    assert all((tensor == 5).all() for _, tensor in engine.held)
+    assert all((tensor == 5).all() for _, tensor, *_ in engine.held)
     assert native.claims(path) and not hf.claims(path) and not native.check(path)
 
 
@@ -85,7 +85,7 @@ def test_the_same_step_can_be_saved_again(run: Any) -> None:
     path = save(run, 10, value=3.0)
     engine = engine_for(run)
     native.load_checkpoint(run, engine, path)
-    assert all((tensor == 3).all() for _, tensor in engine.held)
+    assert all((tensor == 3).all() for _, tensor, *_ in engine.held)
     assert names(path.parent) == ["latest", "step-00000010"]
 
 
@@ -152,7 +152,7 @@ def test_killed_anywhere_a_whole_checkpoint_remains(run: Any, tmp_path: Path, st
         again = engine_for(run)
         state = native.load_checkpoint(run, again, found)
         assert (state["step"], state["data"]["row"]) in {(20, 20), (step, 99)}
-        assert all((tensor == state["data"]["row"]).all() for _, tensor in again.held)
+        assert all((tensor == state["data"]["row"]).all() for _, tensor, *_ in again.held)
         assert not [name for name in names(folder) if name.startswith(".")]
         assert not [path for path in native_folder.complete(folder) if native.manifest.problems(path)]
         seen.add(state["data"]["row"])
@@ -206,7 +206,7 @@ def test_damage_is_found_and_the_one_before_is_taken(run: Any, tmp_path: Path, h
         engine = engine_for(run)
         with pytest.raises(CheckpointError):
             native.load_checkpoint(run, engine, second)
-        assert all((tensor == 7).all() for _, tensor in engine.held), "bytes were used before they were verified"
+        assert all((tensor == 7).all() for _, tensor, *_ in engine.held), "bytes were used before they were verified"
 
 
 def test_no_checkpoint_is_none_and_a_wrong_folder_an_error(run: Any, tmp_path: Path) -> None:
@@ -296,7 +296,7 @@ def test_the_state_is_that_of_the_moment_of_saving(run: Any, monkeypatch: pytest
     ready.set()
     writer.close()
     native.load_checkpoint(run, engine, path)
-    assert all((tensor == 1).all() for _, tensor in engine.held)
+    assert all((tensor == 1).all() for _, tensor, *_ in engine.held)
 
 
 # ------------------------------------------------------------------------------------------------- ranks
@@ -316,7 +316,7 @@ def test_two_ranks_save_find_and_load(tmp_path: Path, config: dict[str, Any]) ->
         assert found is not None
         engine.forget()
         state = native.load_checkpoint(run, engine, found, verify=False)
-        assert all((tensor == 10 + rank).all() for _, tensor in engine.held)
+        assert all((tensor == 10 + rank).all() for _, tensor, *_ in engine.held)
         try:
             native.load_checkpoint(run, engine, newest)
         except CheckpointError as error:
@@ -370,7 +370,7 @@ def test_saving_at_a_named_path(run: Any, tmp_path: Path) -> None:
     native.save(tmp_path / "mine", run, filled(engine_for(run), 4.0))
     engine = engine_for(run)
     native.load(tmp_path / "mine", run, engine)
-    assert all((tensor == 4).all() for _, tensor in engine.held)
+    assert all((tensor == 4).all() for _, tensor, *_ in engine.held)
     (tmp_path / "other").mkdir()
     with pytest.raises(CheckpointError, match="left alone"):
         native.save(tmp_path / "other", run, engine)
