@@ -3,7 +3,7 @@
 Not megatron-core's `DistributedOptimizer`: that updates float32 copies and copies them back, clips by a pass of its own
 over all gradients, and keeps master weights as remainders only through Transformer Engine's FusedAdam, so never on a
 CPU. What is needed of it is little: which range of a parameter belongs to which rank. Of megatron-core 0.19 this uses
-what the buffers of its data-parallel wrapper show every optimizer: buckets, their data, and where parameters lie in them.
+what the buffers of its data-parallel wrapper show every optimizer: buckets, their data, where parameters lie in them.
 """
 
 from __future__ import annotations
