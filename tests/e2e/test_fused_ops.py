@@ -1,0 +1,121 @@
+"""A whole model with every op fused has the gradients of the references, parameter by parameter, in fp32.
+
+On a CPU the kernels run under Triton's interpreter; on a CUDA device as they are.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+FUSED = ("rms_norm", "linear_cross_entropy", "rotary_qkv", "swiglu", "route", "experts", "adamw")
+TOLERANCE = 1e-3
+COMMON = {
+    "vocab_size": 131,
+    "hidden_size": 48,
+    "intermediate_size": 72,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 20,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.1,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+}
+MOE = {
+    "moe_intermediate_size": 24,
+    "num_experts": 6,
+    "num_experts_per_tok": 3,
+    "norm_topk_prob": True,
+    "output_router_logits": True,
+    "router_aux_loss_coef": 0.01,
+    "mlp_only_layers": [1],
+    "tie_word_embeddings": False,
+}
+SHAPES = {
+    "moe": {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", **COMMON, **MOE},
+    "dense_tied": {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", **COMMON, "tie_word_embeddings": True},
+    "biased": {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", **COMMON, "tie_word_embeddings": False},
+}
+SCRIPT = """
+import json, sys
+from pathlib import Path
+folder, recipes = Path(sys.argv[1]), json.loads(sys.argv[2])
+if next(iter(recipes.values()))["backend"] == "cpu":
+    from loong_core.testing.interpreter import interpret
+    interpret()
+from safetensors.torch import save_file
+from loong_core.testing import tiny
+for name, recipe in recipes.items():
+    run, engine = tiny.start(recipe, folder)
+    losses = [engine.forward_backward(tiny.batches(run, 0), 0)["loss"]]
+    gradients = {p.spec.role: p.gradient.detach().float().cpu().clone() for p in engine.parameters()}
+    norm = engine.step(1e-3)
+    losses.append(engine.forward_backward(tiny.batches(run, 1), 1)["loss"])
+    engine.close()
+    save_file(gradients, folder / f"{name}.safetensors")
+    choices = {op: choice.name for op, choice in run.ops.choices.items()}
+    (folder / f"{name}.json").write_text(json.dumps({"losses": losses, "norm": norm, "ops": choices}))
+"""
+
+
+def train_all(folder: Path, backend: str) -> Path:
+    """Every shape with the references and with the kernels, in one process: starting one takes longer than training."""
+    from loong_core.testing import tiny
+
+    recipes = {
+        f"{shape}-{ops}": tiny.settings(
+            config["model_type"], config, backend=backend, ops=dict.fromkeys(FUSED, ops), data={"micro_batch": 2}
+        )
+        for shape, config in SHAPES.items()
+        for ops in ("torch", "triton")
+    }
+    environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if backend == "cpu" else {})
+    command = [sys.executable, "-W", "ignore", "-c", SCRIPT, str(folder), json.dumps(recipes)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def interpreted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train_all(tmp_path_factory.mktemp("cpu"), "cpu")
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from loong_core.backends import cuda
+
+    if cuda.probe().devices == 0:
+        pytest.skip("needs a CUDA device")
+    return train_all(tmp_path_factory.mktemp("cuda"), "cuda")
+
+
+def compare(folder: Path, shape: str) -> None:
+    exact, found = (load_file(folder / f"{shape}-{ops}.safetensors") for ops in ("torch", "triton"))
+    plain, fused = (json.loads((folder / f"{shape}-{ops}.json").read_text()) for ops in ("torch", "triton"))
+    assert {fused["ops"][op] for op in FUSED} == {"triton"} and {plain["ops"][op] for op in FUSED} == {"torch"}
+    assert found.keys() == exact.keys()
+    for role, gradient in exact.items():
+        assert (found[role] - gradient).norm() <= TOLERANCE * gradient.norm().clamp(min=1e-8), role
+    assert fused["losses"] == pytest.approx(plain["losses"], rel=1e-5)
+    assert fused["norm"] == pytest.approx(plain["norm"], rel=1e-4)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_fused_gradients_under_the_interpreter(shape: str, interpreted: Path) -> None:
+    compare(interpreted, shape)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", SHAPES)
+def test_fused_gradients_on_a_gpu(shape: str, compiled: Path) -> None:
+    compare(compiled, shape)
