@@ -18,6 +18,7 @@ def loong_ops() -> Iterable[OpImpl]:
     """Triton kernels for every op that has one, on CUDA devices (and under Triton's interpreter, for tests), and what
     other libraries of kernels do better."""
     from loong_core.types import OpImpl
+    from loong_ops.support import interpreted
 
     kernels = [
         OpImpl(
@@ -26,7 +27,8 @@ def loong_ops() -> Iterable[OpImpl]:
             target=f"loong_ops.{module}:{op}",
             backends=frozenset({"cuda", "cpu"}),
             supports="loong_ops.support:triton",
-            rank=20,
+            # Interpreted kernels are for whoever names them: `auto` shall not train a whole model with them.
+            rank=-1 if interpreted() else 20,
         )
         for op, module in TRITON.items()
     ]
