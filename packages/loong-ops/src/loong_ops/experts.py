@@ -18,12 +18,14 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from loong_core.parallel.gradient_buffer import buffer_of, mark_added
 from loong_ops import experts_kernels as kernels
 from loong_ops.permutation import Permutation, sort_by_expert
+from loong_ops.support import interpreted
 
 
 class Tile(NamedTuple):
     """How a product is cut: blocks of m x n of the result, in steps of k, `stages` steps in flight, `warps` a block.
 
     A program computes at most `group` blocks of a row of blocks, and finishes each in `parts` parts of its columns.
+    With `reduce` a gradient is added to its buffer by the memory system instead of being loaded, added and stored.
     """
 
     m: int
@@ -33,6 +35,7 @@ class Tile(NamedTuple):
     warps: int
     group: int = 1
     parts: int = 1
+    reduce: bool = True
 
 
 class Config(NamedTuple):
@@ -49,10 +52,11 @@ class Config(NamedTuple):
 HOPPER = Config(
     up=Tile(128, 256, 64, 3, 8, group=8, parts=4),
     down=Tile(128, 256, 64, 3, 8, group=8, parts=2),
-    activation_gradient=Tile(128, 256, 64, 3, 8, group=8, parts=4),
+    # Two programs fit into a processor: one finishes, which takes long here, while the other multiplies.
+    activation_gradient=Tile(128, 128, 64, 3, 8, group=8, parts=8),
     hidden_gradient=Tile(128, 256, 64, 3, 8, group=8, parts=2),
     # Their rows are found through `order`, itself loaded ahead, which takes half of the stages: three are in flight.
-    up_gradient=Tile(128, 256, 64, 6, 8, group=8, parts=4),
+    up_gradient=Tile(256, 128, 64, 6, 8, group=8, parts=4),
     down_gradient=Tile(128, 256, 64, 6, 8, group=8, parts=4),
 )
 FLOAT32 = Config(*[Tile(64, 64, 16, 2, 8)] * 6)
@@ -131,30 +135,50 @@ class _Experts(torch.autograd.Function):
         ctx.used = True
         hidden, up, down, weights, *rest = ctx.saved_tensors
         needs = ctx.needs_input_grad
+        inputs = hidden, up, down, weights
         if ctx.empty:
-            inputs = hidden, up, down, weights
-            found = (torch.zeros_like(tensor) if need else None for tensor, need in zip(inputs, needs, strict=False))
-            return (*found, None, None, None, None)
-        gate_up, plan = rest[0], Permutation(*rest[1:], ctx.tile)
-        gradient, config, slots = gradients[0].contiguous(), ctx.config, weights.shape[-1]
-        act, partial = activation_gradient(
-            gradient, down, weights, plan, gate_up, config.activation_gradient, with_act=needs[2], with_weights=needs[3]
-        )
-        hidden_gradient = up_gradient = down_gradient = weights_gradient = None
-        if partial is not None:
-            weights_gradient = routing_gradient(partial, plan, weights)
-            del partial
-        if act is not None:
-            tile = config.down_gradient
-            down_gradient = weight_gradient(gradient, act, "left", plan, ctx.parameters[1], slots, tile)
-            del act
-        if needs[1]:
-            tile = config.up_gradient
-            up_gradient = weight_gradient(gate_up, hidden, "right", plan, ctx.parameters[0], slots, tile)
-        if needs[0]:
-            row_gradient = row_product(gate_up, up, plan, config.hidden_gradient, k_first=True)
-            hidden_gradient = combine(row_gradient, plan, slots)
-        return hidden_gradient, up_gradient, down_gradient, weights_gradient, None, None, None, None
+            zeros = (torch.zeros_like(tensor) if need else None for tensor, need in zip(inputs, needs, strict=False))
+            return (*zeros, None, None, None, None)
+        gate_up, plan = rest[0], Permutation(*rest[1:6], tile=ctx.tile)
+        found = gradients_of(inputs, ctx.parameters, plan, gate_up, gradients[0].contiguous(), needs, ctx.config)
+        return (*found, None, None, None, None)
+
+
+def gradients_of(
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor],
+    parameters: tuple[Tensor, Tensor],
+    plan: Permutation,
+    gate_up: Tensor,
+    gradient: Tensor,
+    needs: tuple[bool, ...],
+    config: Config,
+    out: Tensor | None = None,
+) -> tuple[Tensor | None, ...]:
+    """The gradients of hidden, up, down and weights as far as needed, from that of the result [t,n].
+
+    `parameters` are up and down as the caller has them, who may hang a buffer on them. The gradient of gate_up goes to
+    `out` [p,2f], by default into gate_up itself.
+    """
+    hidden, up, down, weights = inputs
+    slots = weights.shape[-1]
+    hidden_gradient = up_gradient = down_gradient = weights_gradient = None
+    tile = config.activation_gradient
+    act, partial = activation_gradient(
+        gradient, down, weights, plan, gate_up, tile, with_act=needs[2], with_weights=needs[3], out=out
+    )
+    changed = gate_up if out is None else out
+    if partial is not None:
+        weights_gradient = routing_gradient(partial, plan, weights)
+        del partial
+    if act is not None:
+        down_gradient = weight_gradient(gradient, act, "left", plan, parameters[1], slots, config.down_gradient)
+        del act
+    if needs[1]:
+        up_gradient = weight_gradient(changed, hidden, "right", plan, parameters[0], slots, config.up_gradient)
+    if needs[0]:
+        row_gradient = row_product(changed, up, plan, config.hidden_gradient, k_first=True)
+        hidden_gradient = combine(row_gradient, plan, slots)
+    return hidden_gradient, up_gradient, down_gradient, weights_gradient
 
 
 # One function for every product, as the benchmarks time them. All tensors contiguous.
@@ -235,23 +259,26 @@ def weight_gradient(
     """
     m, n = left.shape[1], right.shape[1]
     buffer = buffer_of(weight)
-    direct = buffer is not None and buffer.is_contiguous() and buffer.dtype == torch.float32
-    if direct:
+    if buffer is not None and buffer.is_contiguous() and buffer.dtype == torch.float32:
         out = buffer
     else:
         dtype = weight.dtype if buffer is None else torch.float32
         out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    direct = out is buffer
     m_block, n_block = min(tile.m, _power_of_2(m)), min(tile.n, _power_of_2(n))
     rows_left = None if gathered == "left" else _descriptor(left, (tile.k, m_block))
     rows_right = None if gathered == "right" else _descriptor(right, (tile.k, n_block))
+    parts = _parts(n_block, tile)
+    # The interpreter has no addition through a descriptor.
+    sums = _descriptor(out, (1, m_block, n_block // parts)) if direct and tile.reduce and not interpreted() else None
     grid, group = _grid(len(weight) * triton.cdiv(m, m_block), triton.cdiv(n, n_block), tile)
     kernels.weight_gradient_kernel[grid](
         left if rows_left is None else rows_left, right if rows_right is None else rows_right,
-        plan.order, plan.offsets, plan.heaviest, out, m, n,
-        M=m_block, N=n_block, K=tile.k, GROUP=group, PARTS=_parts(n_block, tile), SLOTS=slots,
+        plan.order, plan.offsets, plan.heaviest, out if sums is None else sums, m, n,
+        M=m_block, N=n_block, K=tile.k, GROUP=group, PARTS=parts, SLOTS=slots,
         LEFT_GATHER=gathered == "left", LEFT_DESCRIPTOR=rows_left is not None, RIGHT_DESCRIPTOR=rows_right is not None,
         LEFT_EVEN=m % m_block == 0, RIGHT_EVEN=n % n_block == 0, ADD=direct,
-        num_stages=tile.stages, num_warps=tile.warps,
+        OUT_DESCRIPTOR=sums is not None, num_stages=tile.stages, num_warps=tile.warps,
     )  # fmt: skip
     if buffer is None:
         return out

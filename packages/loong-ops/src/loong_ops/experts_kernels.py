@@ -84,17 +84,12 @@ def _halves(x, M: tl.constexpr, N: tl.constexpr):
 
 @triton.jit
 def _parts(x, M: tl.constexpr, N: tl.constexpr, COUNT: tl.constexpr):
-    """[M, N] -> its columns in 1, 2 or 4 parts. Finishing one part after the other needs fewer registers."""
+    """[M, N] -> its columns in COUNT parts, a power of two. Finishing one after the other needs fewer registers."""
     if COUNT == 1:
         parts = (x,)
-    elif COUNT == 2:
-        left, right = _halves(x, M, N)
-        parts = (left, right)
     else:
         left, right = _halves(x, M, N)
-        first, second = _halves(left, M, N // 2)
-        third, fourth = _halves(right, M, N // 2)
-        parts = (first, second, third, fourth)
+        parts = _parts(left, M, N // 2, COUNT // 2) + _parts(right, M, N // 2, COUNT // 2)
     return parts
 
 
@@ -104,6 +99,17 @@ def _store(out, rows, end, column, width, block, N: tl.constexpr):
     columns = column + tl.arange(0, N)
     pointers = out + rows.to(tl.int64)[:, None] * width + columns[None, :]
     tl.store(pointers, block.to(out.dtype.element_ty), mask=(rows < end)[:, None] & (columns < width)[None, :])
+
+
+@triton.jit
+def _store_or_add(out, expert, rows, row_count, column, width, block, N: tl.constexpr, ADD: tl.constexpr):
+    """As `_store`, into one expert's matrix [row_count, width]; onto what is there if ADD."""
+    matrix = out + expert.to(tl.int64) * row_count * width
+    if ADD:
+        columns = column + tl.arange(0, N)
+        inside = (rows < row_count)[:, None] & (columns < width)[None, :]
+        block += tl.load(matrix + rows[:, None] * width + columns[None, :], mask=inside, other=0.0)
+    _store(matrix, rows, row_count, column, width, block, N)
 
 
 @triton.jit
@@ -272,12 +278,13 @@ def weight_gradient_kernel(
     left, right, order, offsets, heaviest, out, m_size, n_size,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr, SLOTS: tl.constexpr,
     LEFT_GATHER: tl.constexpr, LEFT_DESCRIPTOR: tl.constexpr, RIGHT_DESCRIPTOR: tl.constexpr,
-    LEFT_EVEN: tl.constexpr, RIGHT_EVEN: tl.constexpr, ADD: tl.constexpr,
+    LEFT_EVEN: tl.constexpr, RIGHT_EVEN: tl.constexpr, ADD: tl.constexpr, OUT_DESCRIPTOR: tl.constexpr,
 ):  # fmt: skip
     """out[expert] [m,n] = sum over the expert's rows of left [.,m]^T @ right [.,n], or that added to it if ADD.
 
     Either left or right is gathered by token. The experts with most rows come first, so that none of them starts when
-    the others are done.
+    the others are done. A descriptor of `out` adds in the memory system, without a load: once to each element in a
+    launch, so that the sum is the same every time.
     """
     part: tl.constexpr = N // PARTS
     n_tiles = tl.cdiv(n_size, N)
@@ -292,7 +299,6 @@ def weight_gradient_kernel(
     if ADD and start == end:
         return
     m_rows = m + tl.arange(0, M)
-    out += expert.to(tl.int64) * m_size * n_size
     for n_tile in tl.range(group, tl.minimum(group + GROUP, n_tiles), flatten=True):
         n = n_tile * N
         total = tl.zeros((M, N), tl.float32)
@@ -304,12 +310,11 @@ def weight_gradient_kernel(
             total = _multiply(a.T, b, total)
         parts = _parts(total, M, N, PARTS)
         for i in tl.static_range(PARTS):
-            columns = n + i * part + tl.arange(0, part)
-            block = parts[i]
-            if ADD:
-                inside = (m_rows < m_size)[:, None] & (columns < n_size)[None, :]
-                block += tl.load(out + m_rows[:, None] * n_size + columns[None, :], mask=inside, other=0.0)
-            _store(out, m_rows, m_size, n + i * part, n_size, block, part)
+            column = n + i * part
+            if OUT_DESCRIPTOR:
+                out.atomic_add([expert, m, column], parts[i].reshape(1, M, part))
+            else:
+                _store_or_add(out, expert, m_rows, m_size, column, n_size, parts[i], part, ADD)
 
 
 @triton.jit
