@@ -139,7 +139,7 @@ class _Experts(torch.autograd.Function):
         if ctx.empty:
             zeros = (torch.zeros_like(tensor) if need else None for tensor, need in zip(inputs, needs, strict=False))
             return (*zeros, None, None, None, None)
-        gate_up, plan = rest[0], Permutation(*rest[1:6], tile=ctx.tile)
+        gate_up, plan = rest[0], Permutation._make((*rest[1:], ctx.tile))
         found = gradients_of(inputs, ctx.parameters, plan, gate_up, gradients[0].contiguous(), needs, ctx.config)
         return (*found, None, None, None, None)
 
