@@ -3,7 +3,8 @@
     python benchmarks/megatron_peer.py JOB.json        (or by torch.distributed.run, one process a device)
 
 The job: `recipe` (resolved), `batches` (by benchmarks/batches.py), `out`, `backend` (cuda or cpu), `steps`, `warmup`,
-`micro_batch`, `ep`, `recompute` (modules, comma separated), `precision_aware`, `force_balance`, `ep_overlap`.
+`micro_batch`, `ep`, `recompute` (modules, comma separated), `precision_aware`, `fp32_gradients`, `force_balance`,
+`ep_overlap`.
 On a CPU megatron-core's own unfused layers stand in for Transformer Engine's: same arithmetic, not the same speed.
 """
 
@@ -141,7 +142,7 @@ def wrap(model: nn.Module, config: Any, job: Job, optim: Any, half: bool) -> tup
         use_distributed_optimizer=True,
         overlap_grad_reduce=overlap,
         overlap_param_gather=overlap,
-        grad_reduce_in_fp32=not half,
+        grad_reduce_in_fp32=not half or job["fp32_gradients"],
         average_in_collective=False,
     )
     inner = Float16Module(config, model) if half else model

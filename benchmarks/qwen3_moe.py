@@ -267,6 +267,7 @@ def megatron(
         "micro_batch": row.peer_micro_batch,
         # Transformer Engine's optimizer: there is none on a CPU.
         "precision_aware": row.precision_aware == "several" and options.world > 1 and options.backend == "cuda",
+        "fp32_gradients": row.fp32_gradients,
         "force_balance": False,
         "ep_overlap": False,
         "ep": options.world if row.sparse else 1,
