@@ -2,8 +2,20 @@
 
 from __future__ import annotations
 
+import pytest
+
 from loong_core.backends import cuda
 from loong_core.testing.interpreter import interpret
 
-if cuda.probe().devices == 0:
+HAS_GPU = cuda.probe().devices > 0
+
+if not HAS_GPU:
     interpret()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` are skipped without one, whatever their class."""
+    if not HAS_GPU:
+        for item in items:
+            if item.get_closest_marker("gpu") and "loong-ops" in item.path.parts:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

@@ -90,7 +90,12 @@ def _rows() -> Iterator[Row]:
     for case in (Case(tokens, skewed) for tokens in TOKENS for skewed in (False, True)):
         moved = 2.0 * (case.pairs + case.tokens) * HIDDEN
         yield Row(
-            op="experts", shape=f"sort: {case.shape}", name="triton", direction="forward", make=partial(sort, case)
+            op="experts",
+            shape=f"sort: {case.shape}",
+            name="triton",
+            direction="forward",
+            make=partial(sort, case),
+            bytes=12.0 * case.pairs,  # the choice is read, the order and the position of each pair are written
         )
         yield Row(
             op="experts",
