@@ -219,9 +219,7 @@ def test_roles_of_parameter_names():
         ]
         return [role_of(name, (4, 5)) for name in names]
 
-    assert run_ranks(1, look) == [
-        ["layers.5.moe.up.#", "layers.4.moe.down.#", "layers.4.mlp.down_bias", "head", None]
-    ]
+    assert run_ranks(1, look) == [["layers.5.moe.up.#", "layers.4.moe.down.#", "layers.4.mlp.down_bias", "head", None]]
 
 
 @pytest.mark.parametrize("model", ["qwen3", "moe"])
