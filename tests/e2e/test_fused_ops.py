@@ -110,6 +110,54 @@ def compare(folder: Path, shape: str) -> None:
     assert fused["norm"] == pytest.approx(plain["norm"], rel=1e-4)
 
 
+KEPT = """
+import json, sys
+from pathlib import Path
+from loong_core.testing.interpreter import interpret
+interpret()
+import torch
+from loong_core.testing import tiny
+
+def kept(recipe, layers):
+    recipe["model"]["config"]["num_hidden_layers"] = layers
+    run, engine = tiny.start(recipe, Path(sys.argv[1]), optimizer=False)
+    model, batch = engine.modules[0], tiny.batches(run)[0]
+    owned = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    held = {}  # Tensors are held on to: a freed storage's address would be given out again.
+
+    def note(tensor):
+        if (address := tensor.untyped_storage().data_ptr()) not in owned:
+            held[address] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        model(batch)
+    engine.close()
+    size = sum(tensor.untyped_storage().nbytes() for tensor in held.values())
+    return size / 4 / batch["tokens"].numel(), run.shape.activation_sharded + run.shape.activation_replicated
+
+recipe = json.loads(sys.argv[2])
+few, described = kept(recipe, 1)
+many, _ = kept(recipe, 3)
+print(json.dumps([described, (many - few) / 2]))
+"""
+
+
+@pytest.mark.parametrize("shape", ["moe", "dense_tied", "biased"])
+def test_described_activations_are_what_fused_ops_keep(shape: str, tmp_path: Path) -> None:
+    from loong_core.testing import tiny
+
+    sizes = {"hidden_size": 64, "intermediate_size": 192, "moe_intermediate_size": 32, "mlp_only_layers": []}
+    config = SHAPES[shape] | {name: size for name, size in sizes.items() if name in SHAPES[shape]}
+    ops = dict.fromkeys(FUSED, "triton")
+    recipe = tiny.settings(config["model_type"], config, ops=ops, data={"micro_batch": 2})
+    command = [sys.executable, "-W", "ignore", "-c", KEPT, str(tmp_path), json.dumps(recipe)]
+    done = subprocess.run(command, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    described, kept = json.loads(done.stdout.splitlines()[-1])
+    assert 0.75 < described / kept < 1.1, (described, kept)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_fused_gradients_under_the_interpreter(shape: str, interpreted: Path) -> None:
     compare(interpreted, shape)
