@@ -25,7 +25,8 @@ class Tile(NamedTuple):
     """How a product is cut: blocks of m x n of the result, in steps of k, `stages` steps in flight, `warps` a block.
 
     A program computes at most `group` blocks of a row of blocks, and finishes each in `parts` parts of its columns.
-    With `reduce` a gradient is added to its buffer by the memory system instead of being loaded, added and stored.
+    With `reduce` a gradient is added to its buffer by the memory system instead of being loaded, added and stored; off
+    until a measurement says that it is faster.
     """
 
     m: int
@@ -35,7 +36,7 @@ class Tile(NamedTuple):
     warps: int
     group: int = 1
     parts: int = 1
-    reduce: bool = True
+    reduce: bool = False
 
 
 class Config(NamedTuple):
