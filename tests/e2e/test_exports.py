@@ -72,4 +72,8 @@ def test_the_export_holds_the_last_update(
     one = trained(tmp_path / "one", source, data, 1, {}, 1e-2, precision)
     many = trained(tmp_path / "many", source, data, world, parallel, 1e-2, precision)
     differing = sum(int(((many[key] - tensor).abs() > 2e-3).sum()) for key, tensor in one.items())
-    assert differing < 0.02 * sum(tensor.numel() for tensor in one.values())
+    # A step of Adam has the sign of a gradient, and some gradients are as small as the rounding of bfloat16, which
+    # differs between layouts: ranks round their experts' part of a sum. An export of the step before would differ in
+    # 45 % of the elements.
+    allowed = {"fp32": 0.02, "bf16": 0.1}[precision]
+    assert differing < allowed * sum(tensor.numel() for tensor in one.values())

@@ -133,3 +133,14 @@ def test_chunks_in_flight_agree_with_megatron() -> None:
     expected = [int(line) for line in done.stdout.split()]
     found = [chunks_in_flight(Degrees(world=pp, pp=pp, vpp=vpp), stage, micro) for pp, vpp, stage, micro in cases]
     assert found == expected
+
+
+def test_exchanged_tokens_are_kept_by_every_layer() -> None:
+    shape = decoder_shape(experts=4)
+    degrees = Degrees(world=2, ep=2)
+    stages = split_layers(shape.layers, 1)
+    counts = Inventory(shape).per_stage(degrees, stages)
+    plain, more = (
+        estimate(shape, degrees, stages, counts, BF16, 64, 1, "none", True, exchanged) for exchanged in (0.0, 10.0)
+    )
+    assert more["activations"] - plain["activations"] == 64 * shape.layers * 10 * 2

@@ -94,7 +94,8 @@ class ModelShape:
     `fields` are the family's resolved settings (`hidden`, `heads`, ...). `active_parameters` counts matmul weights a
     token passes (no embedding lookup); `attention_width` is the sum over layers of heads x head size. Activation
     elements are per token and layer: `sharded` ones are divided by tensor parallelism, `replicated` ones only with
-    sequence parallelism. `vocabulary` is 0 for models without one.
+    sequence parallelism. `experts_per_token` are those chosen in a layer with experts. `vocabulary` is 0 for models
+    without one.
     """
 
     family: str
@@ -109,6 +110,7 @@ class ModelShape:
     attention_width: int = 0
     activation_sharded: float = 0.0
     activation_replicated: float = 0.0
+    experts_per_token: int = 0
 
     def train_flops(self, tokens: float, context: float) -> float:
         """FLOPs of forward and backward over `tokens` tokens in causal samples of `context` tokens.

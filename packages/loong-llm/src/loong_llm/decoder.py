@@ -14,12 +14,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from loong_core.parallel.build import BuildContext
+from loong_core.parallel.options import gathers
 from loong_core.train.engine import Batch, LocalParameter
 from loong_core.types import ModelShape
 from loong_core.weights import padded_extent
 from loong_llm import layers
 from loong_llm.head import Head
-from loong_llm.moe import WIDEST_GATHER
 from loong_llm.rope import RotaryAngles
 from loong_llm.router import Balance, BalancedRouter
 from loong_llm.shape import is_sparse
@@ -66,11 +66,12 @@ class Decoder(GPTModel):
         fields = shape.fields
         self._index = index
         balance = _balance(shape, context)
+        gathered = gathers(context.dispatch, context.plan.ep, context.plan.etp)
         router = partial(BalancedRouter, ops=context.ops, balance=balance) if fields["experts"] else None
         super().__init__(
             config=config,
             transformer_layer_spec=layers.block(
-                context.layers, context.ops, fields, context.chunks[index], router, _gathers(context)
+                context.layers, context.ops, fields, context.chunks[index], router, gathered
             ),
             vocab_size=padded_extent(shape.vocabulary, context.plan.tp),
             max_sequence_length=0,  # only learned positions would read it
@@ -152,12 +153,6 @@ class Decoder(GPTModel):
         if self.config.sequence_parallel:
             values = values.chunk(self.pg_collection.tp.size(), 0)[self.pg_collection.tp.rank()]
         return values
-
-
-def _gathers(context: BuildContext) -> bool:
-    """Whether the ranks that share a layer's experts exchange all their tokens (see `Mixture`)."""
-    wanted = context.dispatch
-    return context.plan.etp == 1 and (wanted == "gather" or (wanted == "auto" and context.plan.ep <= WIDEST_GATHER))
 
 
 def _balance(shape: ModelShape, context: BuildContext) -> Balance | None:

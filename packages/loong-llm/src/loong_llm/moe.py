@@ -22,9 +22,6 @@ if TYPE_CHECKING:
     from loong_core.ops import Ops
     from loong_core.references.routing import Routing
 
-WIDEST_GATHER = 8
-"""Largest expert-parallel group among whose ranks all tokens are exchanged: about one node."""
-
 
 class Experts(nn.Module):
     """All SwiGLU experts of a rank in two stacked weights: `up` [e,2f,n] and `down` [e,n,f]."""

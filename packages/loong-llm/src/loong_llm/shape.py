@@ -62,6 +62,7 @@ def describe(family: ModelFamily, config: Mapping[str, Any]) -> ModelShape:
         attention_width=fields["layers"] * fields["heads"] * fields["head_dim"],
         activation_sharded=sharded,
         activation_replicated=replicated,
+        experts_per_token=fields["top_k"] if any(kinds) else 0,
     )
 
 

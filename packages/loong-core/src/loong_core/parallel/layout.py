@@ -127,6 +127,12 @@ class Inventory:
             self.kind_of.append(kinds[signature])
 
     @property
+    def sparse_share(self) -> float:
+        """The share of layers that have experts."""
+        sparse = [any(group.expert for group in kind) for kind in self.kinds]
+        return sum(sparse[kind] for kind in self.kind_of) / max(len(self.kind_of), 1)
+
+    @property
     def groups(self) -> tuple[Group, ...]:
         """Every distinct group of the model."""
         return (*self.first, *(group for kind in self.kinds for group in kind), *self.last)

@@ -49,12 +49,14 @@ def estimate(
     micro_batches: int,
     recompute: Recompute,
     fused_loss: bool = True,
+    exchanged: float = 0.0,
 ) -> dict[str, int]:
     """Bytes on the rank that needs most, by use: `parameters`, `gradients`, `master`, `optimizer`, `activations`,
     `logits`, and their `total`.
 
     `counts[i]` is what a rank of pipeline stage i holds; `micro_batch_tokens` the tokens of one micro-batch, before
-    context parallelism cuts them. Without `fused_loss` the logits of a whole micro-batch are held.
+    context parallelism cuts them. Without `fused_loss` the logits of a whole micro-batch are held. `exchanged` are
+    elements per token and layer, beside the shape's own, that an exchange of tokens between ranks leaves for backward.
     """
     tokens = micro_batch_tokens / degrees.cp
     ranks = []
@@ -62,7 +64,7 @@ def estimate(
         layers = sum(len(stages[chunk]) for chunk in range(stage, len(stages), degrees.pp))
         uses = _weights(counts[stage], degrees, precision)
         uses["activations"] = round(
-            tokens * _activations(shape, degrees, layers, stage, micro_batches, recompute)
+            tokens * _activations(shape, degrees, layers, stage, micro_batches, recompute, exchanged)
         ) * dtype_bytes(precision.activations)
         uses["logits"] = round(_logits(shape, degrees, precision, tokens, fused_loss)) if stage == degrees.pp - 1 else 0
         uses["total"] = sum(uses.values())
@@ -94,11 +96,17 @@ def chunks_in_flight(degrees: Degrees, stage: int, micro_batches: int) -> int:
 
 
 def _activations(
-    shape: ModelShape, degrees: Degrees, layers: int, stage: int, micro_batches: int, recompute: Recompute
+    shape: ModelShape,
+    degrees: Degrees,
+    layers: int,
+    stage: int,
+    micro_batches: int,
+    recompute: Recompute,
+    exchanged: float,
 ) -> float:
     """Elements a stage keeps per token of a micro-batch."""
     whole = degrees.tp if degrees.sp else 1
-    layer = shape.activation_sharded / degrees.tp + shape.activation_replicated / whole
+    layer = shape.activation_sharded / degrees.tp + (shape.activation_replicated + exchanged) / whole
     held = chunks_in_flight(degrees, stage, micro_batches) * layers / degrees.vpp
     if recompute == "full":
         # Every layer keeps its input; one at a time is computed again in full.

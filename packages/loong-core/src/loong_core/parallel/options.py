@@ -6,6 +6,14 @@ from typing import Literal
 
 from loong_core.recipe import Section
 
+WIDEST_GATHER = 8
+"""Largest expert-parallel group among whose ranks `dispatch: auto` exchanges all tokens: about one node."""
+
+
+def gathers(dispatch: str, ep: int, etp: int) -> bool:
+    """Whether ranks that share a layer's experts take the tokens of all of them (see `MegatronOptions.dispatch`)."""
+    return etp == 1 and (dispatch == "gather" or (dispatch == "auto" and ep <= WIDEST_GATHER))
+
 
 class MegatronOptions(Section):
     overlap: bool = True

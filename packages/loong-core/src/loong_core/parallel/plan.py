@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import groupby, product
 
 from loong_core.errors import RecipeError
 from loong_core.parallel.layout import Degrees, Inventory, split_layers
 from loong_core.parallel.memory import RECOMPUTE, Recompute, estimate
+from loong_core.parallel.options import gathers
 from loong_core.parallel.rules import allowed, divisors_of, problems
 from loong_core.recipe import Recipe
 from loong_core.types import Cluster, ModelShape, ParallelPlan, ParallelPlanner, PrecisionPolicy
@@ -50,21 +51,24 @@ def plan(shape: ModelShape, recipe: Recipe, cluster: Cluster, precision: Precisi
         RecipeError: with every problem of the layout at once.
     """
     inventory = Inventory(shape, recipe.model.freeze)
-    candidates = list(_candidates(shape, recipe, cluster, inventory))
     failures = []
     tried: list[_Trial] = []
-    for degrees in candidates:
-        found = problems(shape, recipe, cluster, degrees, inventory)
-        if found:
-            failures.append(found)
-            continue
-        trial = _try(shape, recipe, cluster, precision, degrees, inventory)
-        tried.append(trial)
-        if trial.fits:
+    chosen: _Trial | None = None
+    for _, cut in groupby(_candidates(shape, recipe, cluster, inventory), key=lambda it: (it.tp, it.pp, it.cp)):
+        fitting = []
+        for degrees in cut:
+            if found := problems(shape, recipe, cluster, degrees, inventory):
+                failures.append(found)
+                continue
+            tried.append(_try(shape, recipe, cluster, precision, degrees, inventory))
+            fitting += tried[-1:] if tried[-1].fits else []
+        if fitting:
+            # Spreading experts further costs less than computing layers again.
+            chosen = min(fitting, key=lambda trial: RECOMPUTE.index(trial.recompute))
             break
     if not tried:
         raise RecipeError(min(failures, key=len))
-    chosen = tried[-1] if tried[-1].fits else min(tried, key=lambda trial: trial.memory["total"])
+    chosen = chosen or min(tried, key=lambda trial: trial.memory["total"])
     return _finish(shape, recipe, cluster, inventory, chosen)
 
 
@@ -97,13 +101,25 @@ def _try(
     # On a CPU no implementation but the reference runs.
     fused_loss = cluster.backend != "cpu" and recipe.ops.get("linear_cross_entropy") != "torch"
     tokens = data.micro_batch * data.seq_len
+    fixed = shape, degrees, stages, counts, precision, tokens, micro_batches
+    exchanged = _exchanged(shape, recipe, degrees, inventory)
     for recompute in options:
-        memory = estimate(shape, degrees, stages, counts, precision, tokens, micro_batches, recompute, fused_loss)
+        memory = estimate(*fixed, recompute, fused_loss, exchanged)
         fits = memory["total"] <= budget
         if fits:
             break
     per_rank = tuple(count.total for count in counts)
     return _Trial(degrees, stages, per_rank, micro_batches, recompute, memory, fits)
+
+
+def _exchanged(shape: ModelShape, recipe: Recipe, degrees: Degrees, inventory: Inventory) -> float:
+    """Elements per token and layer that are kept of tokens which came from other ranks for their experts."""
+    if degrees.ep * degrees.etp == 1:
+        return 0.0
+    dispatch = str(recipe.parallel.options.get("dispatch", "auto"))
+    # Gathered, everybody's tokens lie here; sent one by one, what a token's experts get and give.
+    copies = degrees.ep if gathers(dispatch, degrees.ep, degrees.etp) else 2 * shape.experts_per_token
+    return inventory.sparse_share * copies * shape.hidden
 
 
 # ------------------------------------------------------------------------------------------------ auto
