@@ -58,7 +58,8 @@ class LocalParameter(NamedTuple):
 
     @property
     def gradient(self) -> Tensor | None:
-        """Where the engine accumulates: the buffer megatron-core hung on the parameter, or torch's own."""
+        """Where the engine accumulates: the buffer megatron-core hung on the parameter, or torch's own. The megatron
+        engine keeps the gradient of the sum there; times its `gradient_scale` it is that of the mean."""
         found = getattr(self.trained, "main_grad", None)
         whole: Tensor | None = self.trained.grad if found is None else found
         if whole is None:
