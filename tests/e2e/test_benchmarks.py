@@ -183,3 +183,15 @@ def test_the_stand_in_for_apex_adds_the_weight_gradient() -> None:
     finally:
         if not known:
             sys.modules.pop(name, None)
+
+
+def test_a_switch_that_fails_is_a_line_and_the_others_are_compared() -> None:
+    import switches
+    from loong_core.ops import DECLARATIONS
+
+    on = {"median_ms": 200.0, "peak_memory_gib": 10.0}
+    lines = switches.table({switches.BASE: on, "slower": on | {"median_ms": 250.0}, "broken": {"error": "no"}})
+    assert [line.split()[-1] for line in lines.splitlines()] == ["GiB", "10.0", "10.0", "failed"]
+    assert "25.0%" in lines
+    named = [word.split("=")[0] for words in switches.SWITCHES.values() for word in words if word.startswith("ops.")]
+    assert {name.removeprefix("ops.") for name in named} <= set(DECLARATIONS)
