@@ -81,6 +81,20 @@ def test_experts_in_one_grouped_matmul_train_as_on_a_cpu(tmp_path: Path) -> None
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(cuda_devices() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("dispatch", ["gather", "alltoall"])
+def test_experts_on_two_gpus_train_as_on_one(dispatch: str, tmp_path: Path) -> None:
+    settings = {"backend": "cuda", "precision": "bf16", "model": {"family": "qwen3_moe", "config": EXPERTS}}
+    one = train(tmp_path, "one", **settings, launch={"devices": 1})
+    two = train(
+        tmp_path, "two", **settings, launch={"devices": 2}, parallel={"ep": 2, "options": {"dispatch": dispatch}}
+    )
+    for single, both in zip(one, two, strict=True):
+        assert both["loss"] == pytest.approx(single["loss"], abs=2e-2)
+        assert both["tokens"] == single["tokens"]
+
+
+@pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
 def test_a_resumed_run_on_a_gpu_is_the_uninterrupted_one(family: str, tmp_path: Path) -> None:
