@@ -69,7 +69,7 @@ class Mixture(MoELayer):
 
     With the experts of a layer on few ranks (`gathers`), every rank takes the tokens of all of them and adds its own
     experts' part; results are summed where the token lives. A token with 8 experts on 4 ranks visits nearly all of
-    them, so it travels once instead of twice, sizes are known without asking the device, and nothing is permuted.
+    them, so it travels once instead of twice, messages have a fixed size, and nothing is permuted.
     Otherwise megatron-core's all-to-all dispatcher sends each (token, expert) pair.
     """
 
