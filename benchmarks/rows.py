@@ -109,8 +109,8 @@ ROWS: dict[str, Row] = {
             rows=1,
             micro_batch=1,
             peer_micro_batch=1,
-            # Both sides sum gradients in float32, at a rate where rounding does not grow: at 1e-4, with Megatron's sums in
-            # bfloat16, the curves part after 80 steps (docs/log).
+            # Both sides sum gradients in float32, at a rate where rounding does not grow: at 1e-4, with Megatron's sums
+            # in bfloat16, the curves part after 80 steps (docs/log).
             fp32_gradients=True,
             overrides=(
                 "optim.lr=2e-5",
