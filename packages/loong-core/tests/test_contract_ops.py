@@ -45,3 +45,15 @@ class TestLinearCrossEntropy(OpContract):
     op = "linear_cross_entropy"
     implementation = "torch"
     dtypes = ("float32", "bfloat16", "float16", "float64")
+
+
+class TestLinear(OpContract):
+    op = "linear"
+    implementation = "torch"
+    dtypes = ("float32", "bfloat16", "float16", "float64")
+
+
+class TestGatedMlp(OpContract):
+    op = "gated_mlp"
+    implementation = "torch"
+    dtypes = ("float32", "bfloat16", "float16", "float64")

@@ -110,6 +110,20 @@ DECLARATIONS: Mapping[str, OpDeclaration] = {
             summary="Every token through the SwiGLU experts chosen for it, summed with their weights.",
         ),
         OpDeclaration(
+            name="linear",
+            signature="linear(x[..., n], weight[m,n], bias[m]=None) -> [..., m] in x's dtype",
+            reference="loong_core.references.linear:linear",
+            tolerances={"float64": 1e-12, "float32": 1e-5, "bfloat16": 2e-2, "float16": 4e-3},
+            summary="A matrix product with a weight, and biases where there are any.",
+        ),
+        OpDeclaration(
+            name="gated_mlp",
+            signature="gated_mlp(x[..., n], up[2f,n], down[m,f]) -> [..., m] in x's dtype",
+            reference="loong_core.references.mlp:gated_mlp",
+            tolerances={"float64": 1e-12, "float32": 1e-5, "bfloat16": 2e-2, "float16": 4e-3},
+            summary="A dense SwiGLU layer without biases: two products with the activation between them.",
+        ),
+        OpDeclaration(
             name="adamw",
             signature=(
                 "adamw(parameter[n], gradient[n], exp_avg[n], exp_avg_sq[n], remainder[n] or None, *, lr, betas, eps, "
@@ -157,6 +171,8 @@ class Ops:
     swiglu: Callable[[Tensor], Tensor]
     route: Callable[..., Any]
     experts: Callable[..., Tensor]
+    linear: Callable[..., Tensor]
+    gated_mlp: Callable[[Tensor, Tensor, Tensor], Tensor]
     adamw: Callable[..., None]
 
     def __init__(self, functions: Mapping[str, Callable[..., Any]], choices: Mapping[str, OpChoice]) -> None:

@@ -7,7 +7,9 @@ from loong_core.testing.cases import (
     attention,
     cross_entropy,
     experts,
+    linear,
     linear_cross_entropy,
+    mlp,
     norm,
     rotary,
     routing,
@@ -23,4 +25,6 @@ CASES: dict[str, tuple[OpCase, ...]] = {
     "swiglu": activation.CASES,
     "route": routing.CASES,
     "experts": experts.CASES,
+    "linear": linear.CASES,
+    "gated_mlp": mlp.CASES,
 }
