@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.machinery
 import importlib.util
+import math
 import sys
 import types
 from collections.abc import Iterator
@@ -185,6 +186,31 @@ def test_weight_gradients_are_added_into_the_buffers(start: int) -> None:
         assert weight.main_grad.dtype == torch.float32  # type: ignore[attr-defined]
         assert exact.grad is not None
         assert error(weight.main_grad - 1000, exact.grad) < 2e-2  # type: ignore[attr-defined]
+
+
+@pytest.mark.usefixtures("torch_products")
+@pytest.mark.parametrize("start", [0, 8, 1])
+def test_weight_gradients_are_written_into_empty_buffers(start: int) -> None:
+    hidden, up, down, weights, chosen = inputs()
+    for weight in (up, down):
+        weight.main_grad = torch.full((start + weight.numel(),), math.nan)[start:].view(weight.shape)  # type: ignore[attr-defined]
+        weight.main_grad_empty = True  # type: ignore[attr-defined]
+    wide = [tensor.detach().float().requires_grad_() for tensor in (hidden, up, down, weights)]
+    reference(*wide, chosen).sum().backward()  # type: ignore[misc]
+    for times in (1, 2):
+        experts(hidden, up, down, weights, chosen).sum().backward()
+        for weight, exact in ((up, wide[1]), (down, wide[2])):
+            assert exact.grad is not None
+            assert error(weight.main_grad, times * exact.grad) < 2e-2  # type: ignore[attr-defined]
+
+
+@pytest.mark.usefixtures("torch_products")
+def test_without_tokens_empty_buffers_become_zeros() -> None:
+    hidden, up, down, weights, chosen = inputs()
+    hidden, weights = (tensor.detach()[:0].requires_grad_() for tensor in (hidden, weights))
+    up.main_grad, up.main_grad_empty = torch.full(up.shape, math.nan), True  # type: ignore[attr-defined]
+    experts(hidden, up, down, weights, chosen[:0]).sum().backward()
+    assert not bool(up.main_grad.any())  # type: ignore[attr-defined]
 
 
 @pytest.mark.usefixtures("torch_products")

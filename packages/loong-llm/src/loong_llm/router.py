@@ -123,10 +123,10 @@ class _Logits(torch.autograd.Function):
         if not ctx.needs_input_grad[1]:
             return of_hidden, None
         of_weight = _wide(narrow.t(), hidden)
-        buffer = gradient_buffer.buffer_of(ctx.weight)
+        buffer, empty = gradient_buffer.buffer_to_fill(ctx.weight)
         if buffer is None:
             return of_hidden, of_weight.to(weight.dtype)
-        buffer.add_(of_weight)
+        (buffer.copy_ if empty else buffer.add_)(of_weight)
         gradient_buffer.mark_added(ctx.weight)
         return of_hidden, None
 

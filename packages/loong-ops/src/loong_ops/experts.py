@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from loong_core.parallel.gradient_buffer import buffer_of, mark_added
+from loong_core.parallel.gradient_buffer import buffer_to_fill, mark_added
 from loong_ops import experts_kernels as kernels
 from loong_ops.permutation import Permutation, sort_by_expert
 from loong_ops.support import interpreted
@@ -259,32 +259,33 @@ def weight_gradient(
     Returns the gradient in the dtype of `weight` [e,m,n]; None where it went into the weight's buffer.
     """
     m, n = left.shape[1], right.shape[1]
-    buffer = buffer_of(weight)
+    buffer, empty = buffer_to_fill(weight)
     if buffer is not None and buffer.is_contiguous() and buffer.dtype == torch.float32:
         out = buffer
     else:
         dtype = weight.dtype if buffer is None else torch.float32
         out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     direct = out is buffer
+    adds = direct and not empty
     m_block, n_block = min(tile.m, _power_of_2(m)), min(tile.n, _power_of_2(n))
     rows_left = None if gathered == "left" else _descriptor(left, (tile.k, m_block))
     rows_right = None if gathered == "right" else _descriptor(right, (tile.k, n_block))
     parts = _parts(n_block, tile)
     # The interpreter has no addition through a descriptor.
-    sums = _descriptor(out, (1, m_block, n_block // parts)) if direct and tile.reduce and not interpreted() else None
+    sums = _descriptor(out, (1, m_block, n_block // parts)) if adds and tile.reduce and not interpreted() else None
     grid, group = _grid(len(weight) * triton.cdiv(m, m_block), triton.cdiv(n, n_block), tile)
     kernels.weight_gradient_kernel[grid](
         left if rows_left is None else rows_left, right if rows_right is None else rows_right,
         plan.order, plan.offsets, plan.heaviest, out if sums is None else sums, m, n,
         M=m_block, N=n_block, K=tile.k, GROUP=group, PARTS=parts, SLOTS=slots,
         LEFT_GATHER=gathered == "left", LEFT_DESCRIPTOR=rows_left is not None, RIGHT_DESCRIPTOR=rows_right is not None,
-        LEFT_EVEN=m % m_block == 0, RIGHT_EVEN=n % n_block == 0, ADD=direct,
+        LEFT_EVEN=m % m_block == 0, RIGHT_EVEN=n % n_block == 0, ADD=adds,
         OUT_DESCRIPTOR=sums is not None, num_stages=tile.stages, num_warps=tile.warps,
     )  # fmt: skip
     if buffer is None:
         return out
     if not direct:
-        buffer.add_(out)
+        (buffer.copy_ if empty else buffer.add_)(out)
     mark_added(weight)
     return None
 

@@ -48,11 +48,12 @@ TILES: Mapping[str, Tile] = {
     "down": Tile(128, 192, pingpong=True),
     "d_act": Tile(128, 128, pingpong=True),
     "d_hidden": Tile(256, 128),
-    "d_down": Tile(128, 256),
-    "d_up": Tile(128, 256),
+    "d_down": Tile(256, 192),
+    "d_up": Tile(128, 192, pingpong=True),
 }
 """Product -> tile: the fastest of `bench/quack_experts.py` on an H200 with 32,768 tokens, n = 2048, f = 768, 8 of 128
-experts: 763, 775, 509, 769, 544 and 550 TFLOP/s (docs/performance.md)."""
+experts: 763, 775, 509, 769, 589 and 605 TFLOP/s (docs/performance.md). The last two write; where they add to what other
+micro-batches left, they take 5 to 8 % longer."""
 
 
 def experts(
@@ -210,7 +211,7 @@ def _weight_gradient(
 
     gathered [t,n] and rows_grad [p,c] give [e,n,c]; `alternating`: c = 2f alternates, and the weight is [e,2f,n].
     """
-    buffer = gradient_buffer.buffer_of(weight)
+    buffer, empty = gradient_buffer.buffer_to_fill(weight)
     # A tensor map starts at a multiple of 16 bytes.
     direct = buffer if buffer is not None and buffer.is_contiguous() and buffer.data_ptr() % 16 == 0 else None
     target = torch.empty_like(weight, memory_format=torch.contiguous_format) if direct is None else direct
@@ -221,13 +222,13 @@ def _weight_gradient(
         tile,
         cu_seqlens_k=rows.offsets,
         A_idx=rows.token,
-        add_to_output=direct is not None,
+        add_to_output=direct is not None and not empty,
         concat_layout=("out",) if alternating else None,
     )
     if buffer is None:
         return target
     if direct is None:
-        buffer.add_(target)
+        (buffer.copy_ if empty else buffer.add_)(target)
     gradient_buffer.mark_added(weight)
     return None
 

@@ -3,10 +3,15 @@
 megatron-core hangs the buffer on the parameter as `main_grad` and learns from `grad_added_to_main_grad` that nothing
 is left to add. Its hook runs when autograd reaches the parameter, also without a gradient, so no placeholder of the
 weight's size is ever allocated.
+
+Zeroing a buffer at the start of a step, only to read the zeros back in the first addition, moves twelve bytes a weight
+for nothing. So a weight whose gradient came this way once is not zeroed again: its buffer is declared empty, and the
+first to deliver writes over it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
@@ -18,9 +23,22 @@ def buffer_of(weight: Tensor) -> Tensor | None:
     Only a leaf has one: a weight that is used twice (tied embeddings) is handed to the second place as a view of it,
     and autograd sums.
     """
+    buffer, empty = buffer_to_fill(weight)
+    if buffer is not None and empty:
+        buffer.zero_()
+    return buffer
+
+
+def buffer_to_fill(weight: Any) -> tuple[Tensor | None, bool]:
+    """As `buffer_of`, for an op that can also write: where the second value is True the buffer holds garbage, and the
+    caller must write all of it; where it is False the caller must add."""
     if not weight.requires_grad or not weight.is_leaf:
-        return None
-    return getattr(weight, "main_grad", None)
+        return None, False
+    buffer = getattr(weight, "main_grad", None)
+    empty = buffer is not None and getattr(weight, "main_grad_empty", False)
+    if empty:
+        weight.main_grad_empty = False
+    return buffer, empty
 
 
 def mark_added(weight: Any) -> None:
@@ -28,3 +46,25 @@ def mark_added(weight: Any) -> None:
     # The overlapped reduction insists on a gradient being there: one element, expanded, costs nothing.
     weight.grad = weight.detach().new_zeros(()).expand(weight.shape)
     weight.grad_added_to_main_grad = True
+    weight.main_grad_delivered = True
+
+
+def clear(buckets: Iterable[Any]) -> None:
+    """Start a step: zero the gradients in megatron-core's `buckets`, or declare them empty where that is as good."""
+    for bucket in buckets:
+        begin = end = 0  # of what is to be zeroed: neighbours together, in one launch
+        for weight in sorted(bucket.params_list, key=lambda weight: bucket.param_to_index[weight][0]):
+            weight.main_grad_empty = getattr(weight, "main_grad_delivered", False)
+            if weight.main_grad_empty:
+                bucket.grad_data[begin:end].zero_()
+                begin = end = bucket.param_to_index[weight][1]
+            else:
+                end = bucket.param_to_index[weight][1]
+        bucket.grad_data[begin:end].zero_()
+
+
+def settle(weights: Iterable[Any]) -> None:
+    """End a step's backward passes: zero the buffers of weights that no gradient has reached."""
+    for weight in weights:
+        if getattr(weight, "main_grad_empty", False):
+            buffer_of(weight)

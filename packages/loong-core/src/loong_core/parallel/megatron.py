@@ -22,7 +22,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from loong_core.parallel import megatron_state, segments
+from loong_core.parallel import gradient_buffer, megatron_state, segments
 from loong_core.parallel.adamw import ShardedAdamW
 from loong_core.parallel.build import BuildContext, LossContext
 from loong_core.parallel.context import slice_batch
@@ -79,6 +79,18 @@ def _mixed(seed: int, step: int) -> int:
     """A seed that differs for every (seed, step) and stays far below 2**31, which megatron adds rank offsets to."""
     digest = hashlib.sha256(f"{seed}:{step}".encode()).digest()
     return int.from_bytes(digest[:4], "little") % (2**30)
+
+
+def _clear_gradients(chunk: Any) -> None:
+    """As `zero_grad_buffer` of megatron-core's wrapper, which zeroes more than it needs to."""
+    for parameter in chunk.params_with_grad:
+        parameter.grad_added_to_main_grad = False
+    for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]:
+        gradient_buffer.clear(buffer.buckets)
+        for gradient in buffer.extra_main_grads:
+            gradient.zero_()
+    for group in [*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups]:
+        group.reset()
 
 
 class MegatronEngine:
@@ -145,7 +157,7 @@ class MegatronEngine:
         tensor_parallel.model_parallel_cuda_manual_seed(_mixed(self._run.recipe.run.seed, step + 1))
         for chunk in self._wrapped:
             chunk.train()
-            chunk.zero_grad_buffer()
+            _clear_gradients(chunk)
         return self._sweep(cast(Any, self._wrapped), batches, forward_only=False)
 
     def _counts(self, parameter: Any) -> bool:
@@ -158,6 +170,8 @@ class MegatronEngine:
     def _finish_gradients(self, chunks: Any, counted: Tensor | None, **others: Any) -> None:
         """Reduce the gradients. The division by the global count is left to the update: it would be one more pass over
         the buffers. Only the last pipeline stage has counted."""
+        for chunk in chunks:
+            gradient_buffer.settle(chunk.params_with_grad)
         finalize_model_grads(chunks, None, **others)
         if counted is None:  # a builder without `calculate_per_token_loss`: every micro-batch was divided already
             return
