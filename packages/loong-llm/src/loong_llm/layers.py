@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.transformer.attention import SelfAttentionSubmodules
@@ -97,15 +97,49 @@ class Activation(nn.Module):
         return self._ops.swiglu(x)
 
 
+class GatedMLP(MLP):
+    """megatron-core's MLP, without biases on one rank, in the op `gated_mlp`. Made by `_mlp`."""
+
+    ops: ClassVar[Ops]
+
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+        """hidden_states [s,b,n] -> ([s,b,n], no bias)."""
+        return type(self).ops.gated_mlp(hidden_states, self.linear_fc1(), self.linear_fc2()), None
+
+
 def _mlp(provider: Any, ops: Ops, fields: Mapping[str, Any]) -> Callable[..., Any]:
-    return partial(
-        MLP.as_mlp_submodule,
-        submodules=MLPSubmodules(
+    linears = [provider.column_parallel_linear(), provider.row_parallel_linear()]
+
+    def builder(kind: type[MLP], column: type, row: type) -> Callable[..., Any]:
+        submodules = MLPSubmodules(
             activation_func=partial(Activation, ops),
-            linear_fc1=has_bias(provider.column_parallel_linear(), fields["mlp_bias"]),
-            linear_fc2=has_bias(provider.row_parallel_linear(), fields["mlp_bias"]),
-        ),
-    )
+            linear_fc1=has_bias(column, fields["mlp_bias"]),
+            linear_fc2=has_bias(row, fields["mlp_bias"]),
+        )
+        return partial(kind.as_mlp_submodule, submodules=submodules)
+
+    plain = builder(MLP, *linears)
+    # The reference would be the same three ops, without what a provider's layers do for their gradients.
+    if fields["mlp_bias"] or ops.choices["gated_mlp"].name == "torch":
+        return plain
+    fused = builder(type("GatedMLP", (GatedMLP,), {"ops": ops}), *map(_holding, linears))
+
+    def build(*args: Any, pg_collection: Any, **kwargs: Any) -> MLP:
+        chosen = fused if pg_collection.tp.size() == 1 else plain
+        return chosen(*args, pg_collection=pg_collection, **kwargs)
+
+    return build
+
+
+def _holding(linear: type) -> type:
+    """`linear` as the holder of its weight for an op that reads it. Calling it returns the weight: the hooks by which
+    megatron-core finishes a parameter's gathering run on calls."""
+
+    def forward(self: Any) -> Tensor:
+        weight: Tensor = self.weight
+        return weight
+
+    return type(linear.__name__, (linear,), {"forward": forward})
 
 
 def _experts(ops: Ops, router: Callable[..., Any], gathers: bool) -> Callable[..., Any]:
