@@ -46,6 +46,21 @@ def test_rows_longer_than_a_block(monkeypatch, width):
     torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("column", [0, 255, 256, 767, 768, 799])
+def test_a_row_becomes_its_gradient_in_place(monkeypatch, column):
+    """The target's column is put right last, wherever its block lies."""
+    monkeypatch.setattr(module, "BLOCK", 256)
+    logits = torch.randn(1, 832, generator=torch.Generator().manual_seed(column)) * 3
+    wanted = logits[:, :800].softmax(1) - functional.one_hot(torch.tensor([column]), 800)
+    loss, peaks, inverses = torch.empty(3, 1)
+    share, targets = module.Share(first=0, held=800, group=None), torch.tensor([column])
+    again = logits.clone()
+    module.write_losses(logits, targets, share, loss, peaks, inverses, logits, 64.0)
+    module.write_gradients(again, targets, share, peaks, inverses, torch.tensor([64.0]), again)
+    assert torch.equal(logits, again) and not logits[:, 800:].any()
+    torch.testing.assert_close(logits[:, :800] / 64, wanted, rtol=1e-5, atol=1e-6)
+
+
 def test_a_target_of_another_rank_touches_no_padding():
     logits, targets = torch.zeros(1, 8), torch.tensor([6])
     loss, peaks, inverses = torch.empty(3, 1)

@@ -19,8 +19,9 @@ from torch.autograd.function import once_differentiable
 
 from loong_core.references.cross_entropy import IGNORED, _check_targets
 
-BLOCK = 16384
-"""Columns that a program takes at a time."""
+BLOCK = 8192
+"""Columns that a program takes at a time. On an H200, 2816 rows of 151,936 columns with their gradient took 0.59 ms so,
+and 0.72 ms with twice as many."""
 WARPS = 16
 STAGES = 1
 """Blocks on their way at once; more than one travel through shared memory."""
@@ -28,6 +29,9 @@ STAGES = 1
 _LOWEST = tl.constexpr(-1e38)
 """Below any logit, and finite: a difference of two of them is no NaN."""
 _IGNORED = tl.constexpr(IGNORED)
+_LOG2E = tl.constexpr(1.4426950408889634)
+_LN2 = tl.constexpr(0.6931471805599453)
+"""Logits are taken times log2(e): a device has powers of two, and one fused step takes a logit to its exponent."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +105,8 @@ def write_losses(
     gradient: Tensor | None = None,
     scale: float = 1.0,
 ) -> None:
-    """Fill `loss` [t] and what makes a softmax of logits, exp(logit - peak) * inverse: `peaks` [t] and `inverses` [t].
+    """Fill `loss` [t] and what makes a softmax of logits, exp2(logit * log2(e) - peak) * inverse: `peaks` [t] and
+    `inverses` [t].
 
     logits [t,w], targets [t]. `gradient` [t,w], which may be `logits`, becomes scale * (softmax - one-hot): zeros in
     the columns after those held and in rows with target -100.
@@ -187,16 +192,23 @@ def _columns(BLOCK: tl.constexpr, LANES: tl.constexpr):
 
 
 @triton.jit
+def _power(logits, peak):
+    """exp2(logit * log2(e) - peak), where `peak` is a logit times log2(e). The product is not rounded on a device: a
+    rounded `peak` is off by one factor for the whole row, which its sum of exponentials shares."""
+    return tl.exp2(tl.fma(logits, _LOG2E, -peak))
+
+
+@triton.jit
 def _grow(peaks, totals, logits):
-    """Take a block of logits into the running maxima and the sums of exponentials below them."""
-    grown = tl.maximum(peaks, tl.max(logits, 1))
-    totals = totals * tl.exp(peaks - grown) + tl.sum(tl.exp(logits - grown[:, None]), 1)
+    """Take a block of logits into the running maxima (times log2(e)) and the sums of exponentials below them."""
+    grown = tl.maximum(peaks, tl.max(logits, 1) * _LOG2E)
+    totals = totals * tl.exp2(peaks - grown) + tl.sum(_power(logits, grown[:, None]), 1)
     return grown, totals
 
 
 @triton.jit
 def _row_statistics(row, held, width, BLOCK: tl.constexpr, LANES: tl.constexpr, STAGES: tl.constexpr):
-    """Largest of a row's first `held` logits, and the sum of exponentials of their distances from it."""
+    """Largest of a row's first `held` logits times log2(e), and the sum of exponentials of their distances from it."""
     columns = _columns(BLOCK, LANES)
     peaks = tl.full([BLOCK // LANES], _LOWEST, tl.float32)
     totals = tl.zeros([BLOCK // LANES], tl.float32)
@@ -209,7 +221,7 @@ def _row_statistics(row, held, width, BLOCK: tl.constexpr, LANES: tl.constexpr, 
         logits = tl.load(row + place, mask=place < width).to(tl.float32)
         peaks, totals = _grow(peaks, totals, tl.where(place < held, logits, float("-inf")))
     peak = tl.max(peaks, 0)
-    return peak, tl.sum(totals * tl.exp(peaks - peak), 0)
+    return peak, tl.sum(totals * tl.exp2(peaks - peak), 0)
 
 
 @triton.jit
@@ -227,23 +239,27 @@ def _write_row(
     LANES: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """out = scale * (exp(row - peak) * inverse - one-hot at `column`); zeros in columns from `held` on. A row that is
-    not `counted` is not read: its `scale` is 0."""
+    """out = scale * (exp2(row * log2(e) - peak) * inverse - one-hot at `column`); zeros in columns from `held` on. A
+    row that is not `counted` is not read: its `scale` is 0."""
     columns = _columns(BLOCK, LANES)
     factor = inverse * scale
+    hot = counted & (column >= 0) & (column < held)
+    at_column = _power(tl.load(row + column, mask=hot, other=float("-inf")).to(tl.float32), peak) * factor - scale
+    tl.debug_barrier()  # `out` may be `row`: every thread has read the target's logit before one writes over it
     whole = held // BLOCK * BLOCK
     for start in range(whole, width, BLOCK):
         place = start + columns
         shown = (place < held) & counted
         logits = tl.load(row + place, mask=(place < width) & counted).to(tl.float32)
-        value = tl.exp(tl.where(shown, logits, float("-inf")) - peak) * factor
-        value -= tl.where((place == column) & shown, scale, 0.0)
+        value = _power(tl.where(shown, logits, float("-inf")), peak) * factor
         tl.store(out + place, value.to(out.dtype.element_ty), mask=place < width)
     for start in tl.range(0, whole, BLOCK, num_stages=STAGES):
         place = whole - BLOCK - start + columns
         logits = tl.load(row + place, mask=counted, other=float("-inf"), eviction_policy="evict_first").to(tl.float32)
-        value = tl.exp(logits - peak) * factor - tl.where(place == column, scale, 0.0)
+        value = _power(logits, peak) * factor
         tl.store(out + place, value.to(out.dtype.element_ty), eviction_policy="evict_first")
+    tl.debug_barrier()  # one column is put right when all are written
+    tl.store(out + column, at_column.to(out.dtype.element_ty), mask=hot)
 
 
 @triton.jit
@@ -265,7 +281,8 @@ def _statistics_kernel(
     LANES: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """statistics[3,t]: largest logit, sum of exponentials, and the target's logit, of this rank's columns."""
+    """statistics[3,t]: largest logit times log2(e), sum of exponentials, and the target's logit, of this rank's
+    columns."""
     index = tl.program_id(0)
     row = logits + index.to(tl.int64) * stride
     target = tl.load(targets + index)
@@ -314,7 +331,7 @@ def _loss_kernel(
         sums = tl.load(place + count, mask=rank < ranks, other=0.0)
         picked = tl.sum(tl.load(place + 2 * count, mask=rank < ranks, other=0.0), 0)
         peak = tl.max(highest, 0)
-        total = tl.sum(sums * tl.exp(highest - peak), 0)
+        total = tl.sum(sums * tl.exp2(highest - peak), 0)
     else:
         picked = _picked(row, column, held, counted)
         peak, total = _row_statistics(row, tl.where(counted, held, 0), width, BLOCK, LANES, STAGES)
@@ -323,7 +340,8 @@ def _loss_kernel(
     tl.store(peaks + index, peak)
     tl.store(inverses + index, 1 / total)
     # Differences of logits first: the sum of exponentials is small beside logits of any size.
-    tl.store(losses + index, tl.where(counted, tl.log(total) + (peak - picked), 0.0))
+    distance = tl.fma(picked, _LOG2E, -peak)
+    tl.store(losses + index, tl.where(counted, (tl.log2(total) - distance) * _LN2, 0.0))
     if GRADIENT:
         out = gradient + index.to(tl.int64) * gradient_stride
         shown = tl.where(counted, scale, 0.0)
