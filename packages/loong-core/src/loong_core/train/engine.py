@@ -54,7 +54,11 @@ class LocalParameter(NamedTuple):
         kept beside it, on the CPU, until the optimizer takes it for its master weights (`take_exact`)."""
         self.tensor.detach().copy_(values)
         if values.dtype.itemsize > self.tensor.dtype.itemsize:
-            self.trained.__dict__.setdefault("exact", {})[self.offset] = values.detach().float().cpu()
+            self.keep_exact(values.detach().float().cpu())
+
+    def keep_exact(self, values: Tensor) -> None:
+        """Keep `values` (float32, any device, shaped as `tensor`) for `take_exact`, as they are and where they are."""
+        self.trained.__dict__.setdefault("exact", {})[self.offset] = values
 
     @property
     def gradient(self) -> Tensor | None:

@@ -26,7 +26,8 @@ def start_weights(run: Run, engine: Engine) -> None:
     """Give the freshly built model its weights."""
     weights = run.recipe.model.weights
     if weights is None:
-        initialise(engine, run.recipe.run.seed, float(run.shape.fields.get("init_std") or DEFAULT_STD))
+        std = float(run.shape.fields.get("init_std") or DEFAULT_STD)
+        initialise(engine, run.recipe.run.seed, std, run.cluster.devices_per_node)
     else:
         found = format_of(weights, run.registry)
         resolve(found.load)(weights, run, engine)
