@@ -1,0 +1,3 @@
+"""The version of this distribution, in the one place that every tool reads."""
+
+__version__ = "0.1.0"
