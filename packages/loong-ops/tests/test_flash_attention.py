@@ -34,7 +34,11 @@ ROW = torch.tensor([[0, 0, 1, 1, 1, -1]])
 
 
 class Kernels:
-    """Stands where the two functions of `flash_attn.cute.interface` stand, on the memory that they are given."""
+    """Stands where the two functions of `flash_attn.cute.interface` stand, on the memory that they are given.
+
+    Refused are head sizes for which the package's own gradients on Hopper are wrong: those that come to another width
+    in multiples of 16, as one of its kernels takes them, than in multiples of 32, as the next one does.
+    """
 
     def __init__(self) -> None:
         self.calls: list[dict[str, Any]] = []
@@ -47,6 +51,9 @@ class Kernels:
 
     def backward(self, q, k, v, out, dout, lse, *, softmax_scale, causal, deterministic, dq, dk, dv, **lengths):
         self.calls.append({"tensors": (q, k, v, out, dout, dq, dk, dv), "deterministic": deterministic, **lengths})
+        widths = {part.shape[-1] for part in (q, v)}
+        assert all(width > 128 or -(-width // 16) * 16 == -(-width // 32) * 32 for width in widths), widths
+        assert q.shape[-2] == k.shape[-2] or len(widths) == 1, "grouped heads want values as wide as keys"
         inputs = [part.detach().requires_grad_() for part in (q, k, v)]
         with torch.enable_grad():
             found = torch.autograd.grad(self._compute(*inputs, softmax_scale, lengths), inputs, dout)
@@ -106,7 +113,7 @@ def test_layout_of_calls_reproduces_the_reference(kernels, segments, sizes):
 @pytest.mark.parametrize(("batch", "segments"), [(3, None), (1, None), (1, ROW)])
 def test_kernels_work_on_the_layers_own_memory(kernels, batch, segments):
     """Inputs may be strided views of one projection; the result and the gradients are contiguous in [s,b,...]."""
-    mixed = torch.randn(6, batch, 12, 8, requires_grad=True)
+    mixed = torch.randn(6, batch, 12, 32, requires_grad=True)
     inputs = mixed.split([6, 3, 3], dim=2)
     out = attention(*inputs, scale=0.3, segments=None if segments is None else (segments, segments))
     upstream = torch.randn_like(out)
@@ -118,6 +125,27 @@ def test_kernels_work_on_the_layers_own_memory(kernels, batch, segments):
     assert out.is_contiguous()
     for gradient in backward[5:]:
         assert (gradient.transpose(0, 1) if segments is None else gradient).is_contiguous()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "widths"),
+    [
+        ((3, 1, 80, 80), (96, 96)),
+        ((3, 3, 80, 64), (96, 64)),
+        ((3, 1, 16, 64), (64, 64)),
+        ((2, 2, 120, 120), (120, 120)),
+        ((2, 1, 144, 144), (144, 144)),
+        ((2, 2, 112, 40), (128, 64)),
+    ],
+)
+def test_heads_whose_gradients_would_be_wrong_are_widened(kernels, sizes, widths):
+    inputs = qkv(9, 1, *sizes)
+    out = attention(*inputs, scale=sizes[2] ** -0.5)
+    expected = reference(*inputs, scale=sizes[2] ** -0.5)
+    upstream = torch.randn_like(expected)
+    found, wanted = (torch.autograd.grad(result, inputs, upstream) for result in (out, expected))
+    torch.testing.assert_close((out, *found), (expected, *wanted))
+    assert (kernels.calls[0]["tensors"][0].shape[-1], kernels.calls[0]["tensors"][2].shape[-1]) == widths
 
 
 def test_the_tail_is_zero_whatever_the_memory_held(kernels):
@@ -241,6 +269,8 @@ CASES = (
     case("odd", 131, 2, 3, 3, 64),
     case("grouped", 129, 2, 8, 1, 128),
     case("one_key_head", 65, 3, 3, 1, 80),
+    case("narrow_heads", 131, 2, 2, 2, 16),
+    case("heads_of_120", 67, 1, 4, 2, 120),
     case("wide_heads", 33, 1, 2, 1, 256),
     case("packed", 193, 1, 8, 2, 128, lengths=[[1, 64, 127, 1]]),
     case("packed_with_tail", 200, 1, 4, 4, 64, lengths=[[130, 7, 3]]),

@@ -14,6 +14,7 @@ import warnings
 from typing import Any
 
 import torch
+import torch.nn.functional as functional
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -59,8 +60,26 @@ def attention(
 
 
 def _run(query: Tensor, key: Tensor, value: Tensor, scale: float, packed: Packing | None) -> Tensor:
-    result: Tensor = _FlashAttention.apply(query, key, value, scale, packed)
-    return result
+    d, e = query.shape[3], value.shape[3]
+    wide, wide_value = _kernel_width(d), _kernel_width(e)
+    if wide != wide_value and query.shape[2] != key.shape[2]:  # grouped heads have a backward for equal widths only
+        wide = wide_value = max(wide, wide_value)
+    if (d, e) == (wide, wide_value):
+        result: Tensor = _FlashAttention.apply(query, key, value, scale, packed)
+        return result
+    query, key = (functional.pad(part, (0, wide - d)) for part in (query, key))
+    result = _FlashAttention.apply(query, key, functional.pad(value, (0, wide_value - e)), scale, packed)
+    return result[..., :e]
+
+
+def _kernel_width(width: int) -> int:
+    """The least head size from `width` on whose gradients are right: columns of zeros change no product.
+
+    In flash-attn-4 4.0.0b36 the backward kernel for Hopper sums dQ (and, with grouped heads, dK and dV) in tiles whose
+    width is a multiple of 16, up to heads of 128; the kernel that converts these sums takes their width for a multiple
+    of 32. Of tiles with 80 columns it reads 96.
+    """
+    return -(-width // 32) * 32 if width <= 128 and -(-width // 16) % 2 else width
 
 
 class _FlashAttention(torch.autograd.Function):
