@@ -36,7 +36,9 @@ class ModelFamily:
     `describe(family, config) -> ModelShape` is pure Python and runs on a laptop. `builder(shape, context) -> list of
     modules` runs in a worker. `from_hf` maps loong's field names to dotted paths of the HF `config.json`; `a|b` tries
     both, a trailing `?` marks an optional field. `arch` holds what the family fixes, and defaults of optional fields.
-    `presets` are folders-free model sizes: recorded facts of public `config.json` files.
+    `presets` are folders-free model sizes: recorded facts of public `config.json` files. `planner` is what
+    `parallel.planner: auto` takes for the family (None: what the plugins choose). `sidecars(run, files) -> files` has
+    the last word on the files of an exported folder that are not weights: name -> content, config.json among them.
     """
 
     name: str
@@ -48,6 +50,8 @@ class ModelFamily:
     weights: tuple[Weight, ...]
     task: str = "pretrain"
     presets: Ref | None = None
+    planner: str | None = None
+    sidecars: Ref | None = None
     summary: str = ""
 
 
@@ -95,7 +99,8 @@ class ModelShape:
     token passes (no embedding lookup); `attention_width` is the sum over layers of heads x head size. Activation
     elements are per token and layer: `sharded` ones are divided by tensor parallelism, `replicated` ones only with
     sequence parallelism. `experts_per_token` are those chosen in a layer with experts. `vocabulary` is 0 for models
-    without one.
+    without one. `frozen` are patterns of roles that the model's own configuration does not train: they join
+    `model.freeze` of the resolved recipe.
     """
 
     family: str
@@ -111,6 +116,7 @@ class ModelShape:
     activation_sharded: float = 0.0
     activation_replicated: float = 0.0
     experts_per_token: int = 0
+    frozen: tuple[str, ...] = ()
 
     def train_flops(self, tokens: float, context: float) -> float:
         """FLOPs of forward and backward over `tokens` tokens in causal samples of `context` tokens.
@@ -146,30 +152,52 @@ class Task:
     """What one training example is and what is minimised.
 
     `encoder(recipe) -> callable(Row) -> list of samples`, a sample being a dict of equally long integer arrays
-    (`tokens`, and `targets` already shifted, -100 = not counted). `loss(output, batch, context) -> LossSum` runs on
-    the ranks that hold the model's output. `options` is a pydantic model.
+    (`tokens`, and `targets` already shifted, -100 = not counted); tasks on the batches of a source with a `stream` have
+    none. `loss(output, batch, context) -> LossSum` runs on the ranks that hold the model's output. `options` is a
+    pydantic model. `evaluate(run, engine, data) -> dict of numbers` is called on every rank where an evaluation is due,
+    after the held-out loss; what it returns is reported beside `eval_loss`. `counts` is what the loss is a mean over,
+    in words.
     """
 
     name: str
-    encoder: Ref
+    encoder: Ref | None = None
     loss: Ref
     options: Ref | None = None
+    evaluate: Ref | None = None
+    counts: str = "tokens"
     summary: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataSource:
-    """Where rows come from. `reader(path, options) -> Iterator[Row]`; `check(path, options) -> list of problems`
-    looks at the files without a tensor library and without reading all of them. `path` is `data.path` as given: a path,
-    a list of them, or None. A reader may yield a `loong_core.data.rows.BadRow` for a record it cannot read.
-    `files(path, options) -> list of Path` names the files read (None: every file below `path`); the cache of tokenised
-    data is valid as long as they do not change."""
+    """Where rows come from, or whole batches.
+
+    `reader(path, options) -> Iterator[Row]`; `check(path, options) -> list of problems` looks at the files without a
+    tensor library and without reading all of them. `path` is `data.path` as given: a path, a list of them, or None. A
+    reader may yield a `loong_core.data.rows.BadRow` for a record it cannot read. `files(path, options) -> list of Path`
+    names the files read (None: every file below `path`); the cache of tokenised data is valid as long as they do not
+    change.
+
+    A source of anything but rows of text has a `stream(run, replica) -> loong_core.train.batches.Batches` instead of a
+    reader: it makes the batches of data-parallel rank `replica` itself, and nothing is tokenised ahead. Then `fit(recipe,
+    shape) -> list of problems` compares the data with what the model (a `ModelShape`) expects, in the parent, without a
+    tensor library; and `report(path, options, thorough, picture) -> dict` is what `loong data inspect` shows, or with
+    `thorough`, which reads everything, `loong data check`: a JSON object of `facts` (pairs of name and text), `tables`
+    (each with `columns` and `rows` of texts), `problems` (texts), and more that only --json prints. `picture` is where
+    a PNG of the data is wanted, or None.
+
+    `claims(path) -> bool` recognises the source's own data, for commands that are given a bare path.
+    """
 
     name: str
-    reader: Ref
+    reader: Ref | None = None
     check: Ref
     files: Ref | None = None
     options: Ref | None = None
+    stream: Ref | None = None
+    fit: Ref | None = None
+    report: Ref | None = None
+    claims: Ref | None = None
     summary: str = ""
 
 
