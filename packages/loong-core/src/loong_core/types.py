@@ -61,7 +61,8 @@ class ParameterSpec:
 
     `axis` is the tensor axis that tensor parallelism cuts (None: replicated); the axis consists of `blocks` equal
     parts that are cut separately (gate and up of a fused SwiGLU input are two blocks). `padded` parameters may be
-    grown along `axis` so that the cut is even (vocabularies). `place` says which pipeline stage owns it.
+    grown along `axis` so that the cut is even (vocabularies). `place` says which pipeline stage owns it. A `frozen`
+    one is never trained: its builder makes it without gradient, and it takes neither master weight nor moments.
     """
 
     role: str
@@ -73,6 +74,7 @@ class ParameterSpec:
     expert: int | None = None
     padded: bool = False
     init: Literal["normal", "ones", "zeros"] = "normal"
+    frozen: bool = False
 
     @property
     def size(self) -> int:

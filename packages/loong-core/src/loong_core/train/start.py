@@ -35,7 +35,8 @@ def start_weights(run: Run, engine: Engine) -> None:
 
 
 def freeze(run: Run, engine: Engine) -> None:
-    """Stop gradients of the parameters whose role matches a pattern of `model.freeze`."""
+    """Stop gradients of the parameters whose role matches a pattern of `model.freeze`, besides those that the family
+    itself freezes."""
     patterns = run.recipe.model.freeze
     for pattern in patterns:
         if not any(fnmatch.fnmatchcase(spec.role, pattern) for spec in run.shape.parameters):
@@ -43,11 +44,12 @@ def freeze(run: Run, engine: Engine) -> None:
             raise RecipeError(f"model.freeze: no parameter matches {pattern!r}. Roles look like: {roles}, ...")
     matched: dict[Tensor, set[bool]] = {}
     for parameter in engine.parameters():
-        match = any(fnmatch.fnmatchcase(parameter.spec.role, pattern) for pattern in patterns)
+        role = parameter.spec.role
+        match = parameter.spec.frozen or any(fnmatch.fnmatchcase(role, pattern) for pattern in patterns)
         matched.setdefault(parameter.trained, set()).add(match)
         if len(matched[parameter.trained]) > 1:
             raise RecipeError(
-                f"model.freeze: {parameter.spec.role} is trained together with the other experts of its layer, so they "
+                f"model.freeze: {role} is trained together with the other experts of its layer, so they "
                 "freeze together. Use a pattern that matches all of them, as layers.3.moe.*."
             )
     for tensor, found in matched.items():
