@@ -19,3 +19,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu") and "loong-ops" in item.path.parts:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture
+def torch_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """QuACK's functions with torch inside."""
+    import quack_stand_ins
+
+    quack_stand_ins.install(monkeypatch)

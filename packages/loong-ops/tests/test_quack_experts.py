@@ -2,139 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.machinery
 import importlib.util
 import math
 import sys
-import types
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
+from quack_stand_ins import gemm_gated
 from torch import Tensor
 
 from loong_core.errors import Unsupported
 from loong_core.references.experts import experts as reference
 from loong_core.testing.op import OpContract, error
 from loong_core.types import OpRequest
-from loong_ops import quack_experts, support
+from loong_ops import support
 from loong_ops.quack_experts import experts
-
-
-class Config(NamedTuple):
-    """The fields of quack.gemm_config.GemmConfig that are set here."""
-
-    tile_m: int
-    tile_n: int
-    pingpong: bool
-    is_dynamic_persistent: bool
-    cluster_m: int
-    cluster_n: int
-
-
-def alternate(tensor: Tensor, dim: int) -> Tensor:
-    """[first half; second half] -> f0, s0, f1, s1, ... along `dim`: QuACK's reading of a concat layout."""
-    return torch.stack(tensor.chunk(2, dim), dim + 1).flatten(dim, dim + 1)
-
-
-def segments(offsets: Tensor) -> Iterator[tuple[int, slice]]:
-    ends = offsets.tolist()
-    assert offsets.dtype == torch.int32 and ends == sorted(ends)
-    for index, (start, end) in enumerate(zip(ends[:-1], ends[1:], strict=True)):
-        yield index, slice(start, end)
-
-
-def whole_tiles(tensor: Tensor) -> None:
-    """What a tensor map demands: one dim contiguous, all other steps multiples of 16 bytes, an aligned start."""
-    assert 1 in tensor.stride()[-2:] and tensor.data_ptr() % 16 == 0
-    steps = [step * tensor.element_size() for step, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
-    assert all(step % 16 == 0 for step in steps if step != tensor.element_size()), tensor.stride()
-
-
-def gemm(
-    A: Tensor, B: Tensor, D: Tensor, C: None, tile_count_semaphore: None,
-    tile_M: int, tile_N: int, cluster_M: int, cluster_N: int, *,
-    pingpong: bool, cu_seqlens_m: Tensor | None = None, cu_seqlens_k: Tensor | None = None,
-    A_idx: Tensor | None = None, add_to_output: bool = False, concat_layout: tuple[str, ...] | None = None,
-) -> None:  # fmt: skip
-    """Stands for quack.gemm.gemm: D[l] (+)= A[l] @ B[l]^T, with its demands on strides."""
-    for tensor in (A, B, D):
-        whole_tiles(tensor)
-    assert A_idx is None or (A_idx.dtype == torch.int32 and cluster_N == 1)
-    if cu_seqlens_m is not None:
-        assert A.stride(-1) == 1 and D.stride(-1) == 1 and not add_to_output and A_idx is None
-        for index, rows in segments(cu_seqlens_m):
-            weight = B[index].float()
-            if concat_layout == ("B",):
-                weight = alternate(weight, 0 if B.stride(-1) == 1 else 1)
-            D[rows] = (A[rows].float() @ weight.t()).to(D.dtype)
-        return
-    assert cu_seqlens_k is not None and A_idx is not None
-    assert A.stride(-2) == 1 and B.stride(-2) == 1
-    for index, rows in segments(cu_seqlens_k):
-        result = A.float()[:, A_idx[rows].long()] @ B[:, rows].float().t()
-        if concat_layout == ("out",):
-            assert D.stride(-2) == 1
-            result = torch.cat((result[:, ::2], result[:, 1::2]), 1)
-        D[index] = (D[index].float() + result if add_to_output else result).to(D.dtype)
-
-
-def gemm_gated(
-    A: Tensor, B: Tensor, *, activation: str, cu_seqlens_m: Tensor, A_idx: Tensor, store_preact: bool,
-    config: Config, tuned: bool, concat_layout: tuple[str, ...],
-) -> tuple[Tensor | None, Tensor]:  # fmt: skip
-    """Stands for quack.gemm_interface.gemm_gated; B is [l,k,n]."""
-    assert activation == "swiglu" and not tuned and concat_layout == ("B",) and B.stride(-2) == 1
-    before = A.new_empty(len(A_idx), B.shape[-1])
-    for tensor in (A, B, before):
-        whole_tiles(tensor)
-    wide = before.float()
-    for index, rows in segments(cu_seqlens_m):
-        wide[rows] = A[A_idx[rows].long()].float() @ alternate(B[index].float(), 1)
-    before.copy_(wide)
-    after = (torch.nn.functional.silu(wide[:, ::2]) * wide[:, 1::2]).to(A.dtype)
-    return before if store_preact else None, after
-
-
-def gemm_dgated(
-    A: Tensor, B: Tensor, PreAct: Tensor, *, activation: str, colvec_scale: Tensor, colvec_reduce: bool,
-    cu_seqlens_m: Tensor, A_idx: Tensor, dynamic_scheduler: bool, config: Config, tuned: bool,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """Stands for quack.gemm_interface.gemm_dgated; B is [l,k,n]."""
-    assert activation == "swiglu" and not tuned and not dynamic_scheduler and colvec_scale.dtype == torch.float32
-    for tensor in (A, B, PreAct):
-        whole_tiles(tensor)
-    d_before, after = torch.empty_like(PreAct), A.new_empty(len(A_idx), B.shape[-1])
-    reduced = torch.empty_like(colvec_scale)
-    for index, rows in segments(cu_seqlens_m):
-        before = PreAct[rows].float().requires_grad_()
-        with torch.enable_grad():
-            value = torch.nn.functional.silu(before[:, ::2]) * before[:, 1::2]
-        d_value = A[A_idx[rows].long()].float() @ B[index].float()
-        (found,) = torch.autograd.grad(value, before, d_value * colvec_scale[rows, None])
-        d_before[rows] = found.to(A.dtype)
-        after[rows] = (value * colvec_scale[rows, None]).detach().to(A.dtype)
-        reduced[rows] = (value * d_value).detach().sum(1)
-    return (d_before, after, reduced) if colvec_reduce else (d_before, after)
-
-
-@pytest.fixture
-def torch_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Modules named as QuACK's, with torch inside."""
-    contents: dict[str, dict[str, Any]] = {
-        "quack": {},
-        "cutlass": {},
-        "quack.gemm": {"gemm": gemm},
-        "quack.gemm_config": {"GemmConfig": Config},
-        "quack.gemm_interface": {"gemm_gated": gemm_gated, "gemm_dgated": gemm_dgated},
-    }
-    for name, content in contents.items():
-        module = types.ModuleType(name)
-        module.__spec__ = importlib.machinery.ModuleSpec(name, None)
-        module.__dict__.update(content)
-        monkeypatch.setitem(sys.modules, name, module)
-    quack_experts._config.cache_clear()
 
 
 @pytest.mark.usefixtures("torch_products")

@@ -5,17 +5,12 @@ are gathered inside the first product of either direction, SwiGLU and its gradie
 weights are added into their float32 buffers by the store. Nothing that is permuted is kept for backward but the
 projected rows `gate_up`.
 
-QuACK wants gate and value in alternating columns; the weights here hold all gates, then all values. Its `concat_layout`
-reads such a weight, and writes such a gradient, through a tensor map that alternates. So only `gate_up` and its
-gradient, which nobody else sees, have alternating columns.
-
 Shape legend: t tokens, k experts chosen for each token, e experts held here, n hidden size, f size of an expert, p rows
 (pairs of a token and an expert, sorted by expert; `offsets` [e+1] says where each expert starts).
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -26,22 +21,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from loong_core.errors import Unsupported
 from loong_core.parallel import gradient_buffer
 from loong_ops.permutation import sort_by_expert
-
-ALIGNMENT = 8
-"""Sizes must be multiples of this many bfloat16 numbers (16 bytes, what a tensor map can step over)."""
-
-
-class Tile(NamedTuple):
-    """The tile of one thread block, and whether two warp groups take turns (`pingpong`) or share a tile."""
-
-    rows: int
-    columns: int
-    pingpong: bool = False
-    cluster: int = 2
-
+from loong_ops.quack_products import ALIGNMENT, Tile, config, fits, needs_bfloat16, plain, product, weight_gradient
 
 TILES: Mapping[str, Tile] = {
     "up": Tile(128, 192, pingpong=True),
@@ -73,17 +55,12 @@ def experts(
     activation and every expert's result are rounded to bfloat16. The host waits for nothing. Sizes that are no multiple
     of 8 are padded, which copies the weights. Raises `Unsupported` for other dtypes.
     """
-    for name, tensor in {"hidden": hidden, "up": up, "down": down}.items():
-        if tensor.dtype != torch.bfloat16:
-            raise Unsupported(
-                f"experts.quack computes in bfloat16, but {name} is {str(tensor.dtype).removeprefix('torch.')}. "
-                "Set `precision: bf16`, or choose another implementation: `ops: {experts: triton}`."
-            )
+    needs_bfloat16("experts", "triton", hidden=hidden, up=up, down=down)
     rows = chosen.numel() if pairs is None else pairs
     keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (hidden, up, down, weights))
     settings = (first, rows, keep, _tiles or TILES)
     size, inner = down.shape[1:]
-    if size % ALIGNMENT == 0 and inner % ALIGNMENT == 0:
+    if fits(size, inner):
         result: Tensor = _Experts.apply(hidden, up, down, weights, chosen, *settings)
         return result
     n, f = -size % ALIGNMENT, -inner % ALIGNMENT
@@ -121,11 +98,11 @@ class _Experts(torch.autograd.Function):
         if ctx.empty:
             ctx.save_for_backward(hidden, up, down, weights)
             return torch.zeros_like(hidden)
-        hidden_rows = _plain(hidden)
+        hidden_rows = plain(hidden)
         sorted_rows = _sorted_rows(weights, chosen, len(up), first, rows)
-        gate_up, act = _gated(hidden_rows, _plain(up), sorted_rows, keep, tiles["up"])
+        gate_up, act = _gated(hidden_rows, plain(up), sorted_rows, keep, tiles["up"])
         result = hidden.new_empty(rows, hidden.shape[1])
-        _product(act, _plain(down), result, tiles["down"], cu_seqlens_m=sorted_rows.offsets)
+        product(act, plain(down), result, tiles["down"], cu_seqlens_m=sorted_rows.offsets)
         if keep:
             ctx.save_for_backward(hidden_rows, up, down, weights, gate_up, *sorted_rows)
         return _sum_of_rows(result, sorted_rows.position, weights.contiguous(), len(hidden))
@@ -138,7 +115,7 @@ class _Experts(torch.autograd.Function):
         hidden, up, down, weights, gate_up, *parts = ctx.saved_tensors
         rows, grad, tiles = Rows(*parts), grad.contiguous(), ctx.tiles
         needs_hidden, needs_up, needs_down, needs_weights = ctx.needs_input_grad[:4]
-        d_gate_up, act, d_weight = _d_gated(grad, _plain(down), gate_up, rows, needs_weights, tiles["d_act"])
+        d_gate_up, act, d_weight = _d_gated(grad, plain(down), gate_up, rows, needs_weights, tiles["d_act"])
         del gate_up
         d_down = d_up = d_hidden = d_weights = None
         if d_weight is not None:
@@ -150,17 +127,12 @@ class _Experts(torch.autograd.Function):
             d_up = _weight_gradient(up, hidden, d_gate_up, rows, tiles["d_up"], alternating=True)
         if needs_hidden:
             result = hidden.new_empty(len(rows.token), hidden.shape[1])
-            _product(
-                d_gate_up, _plain(up).mT, result, tiles["d_hidden"],
+            product(
+                d_gate_up, plain(up).mT, result, tiles["d_hidden"],
                 cu_seqlens_m=rows.offsets, concat_layout=("B",),
             )  # fmt: skip
             d_hidden = _sum_of_rows(result, rows.position, None, len(hidden))
         return d_hidden, d_up, d_down, d_weights, None, None, None, None, None
-
-
-def _plain(tensor: Tensor) -> Tensor:
-    """Contiguous and without history: tensors that require gradients cannot be handed over through DLPack."""
-    return tensor.detach().contiguous()
 
 
 # ------------------------------------------------------------------------------------------------ the six products
@@ -175,7 +147,7 @@ def _gated(hidden: Tensor, up: Tensor, rows: Rows, keep: bool, tile: Tile) -> tu
         cu_seqlens_m=rows.offsets,
         A_idx=rows.token,
         store_preact=keep,
-        config=_config(tile),
+        config=config(tile),
         tuned=False,
         concat_layout=("B",),
     )
@@ -198,7 +170,7 @@ def _d_gated(
         cu_seqlens_m=rows.offsets,
         A_idx=rows.token,
         dynamic_scheduler=False,
-        config=_config(tile),
+        config=config(tile),
         tuned=False,
     )
     return found[0], found[1], found[2] if needs_weights else None
@@ -211,48 +183,20 @@ def _weight_gradient(
 
     gathered [t,n] and rows_grad [p,c] give [e,n,c]; `alternating`: c = 2f alternates, and the weight is [e,2f,n].
     """
-    buffer, empty = gradient_buffer.buffer_to_fill(weight)
-    # A tensor map starts at a multiple of 16 bytes.
-    direct = buffer if buffer is not None and buffer.is_contiguous() and buffer.data_ptr() % 16 == 0 else None
-    target = torch.empty_like(weight, memory_format=torch.contiguous_format) if direct is None else direct
-    _product(
-        gathered.t(),
-        rows_grad.t(),
-        target.mT if alternating else target,
-        tile,
-        cu_seqlens_k=rows.offsets,
-        A_idx=rows.token,
-        add_to_output=direct is not None and not empty,
-        concat_layout=("out",) if alternating else None,
-    )
-    if buffer is None:
-        return target
-    if direct is None:
-        (buffer.copy_ if empty else buffer.add_)(target)
-    gradient_buffer.mark_added(weight)
-    return None
 
+    def write(target: Tensor, add: bool) -> None:
+        product(
+            gathered.t(),
+            rows_grad.t(),
+            target.mT if alternating else target,
+            tile,
+            cu_seqlens_k=rows.offsets,
+            A_idx=rows.token,
+            add_to_output=add,
+            concat_layout=("out",) if alternating else None,
+        )
 
-def _product(left: Tensor, right: Tensor, out: Tensor, tile: Tile, **options: Any) -> None:
-    """out = left @ right^T, an expert at a time; the rows (or, for `cu_seqlens_k`, what is summed) are the expert's."""
-    from quack.gemm import gemm
-
-    gemm(left, right, out, None, None, tile.rows, tile.columns, tile.cluster, 1, pingpong=tile.pingpong, **options)
-
-
-@functools.cache
-def _config(tile: Tile) -> Any:
-    """The same object for the same tile: QuACK remembers a call's plan under the identity of its configuration."""
-    from quack.gemm_config import GemmConfig
-
-    return GemmConfig(
-        tile_m=tile.rows,
-        tile_n=tile.columns,
-        pingpong=tile.pingpong,
-        is_dynamic_persistent=False,
-        cluster_m=tile.cluster,
-        cluster_n=1,
-    )
+    return weight_gradient(weight, write)
 
 
 # ------------------------------------------------------------------------------------------------- rows and tokens

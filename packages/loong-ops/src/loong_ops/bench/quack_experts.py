@@ -15,7 +15,9 @@ from torch import Tensor
 
 from loong_ops import quack_experts
 from loong_ops.bench.row import Missing, Row, Thunk
-from loong_ops.quack_experts import TILES, Rows, Tile
+from loong_ops.quack_experts import TILES, Rows
+from loong_ops.quack_products import Tile
+from loong_ops.quack_products import product as product_of
 
 HIDDEN, INNER, EXPERTS, CHOICES = 2048, 768, 128, 8
 TOKENS = (32768, 8192)
@@ -144,9 +146,9 @@ def product(case: Case, kind: str, tile: Tile) -> Thunk:
     out = _rows_like(case, HIDDEN)
     if kind == "down":
         act = _rows_like(case, INNER)
-        return lambda: quack_experts._product(act, down, out, tile, cu_seqlens_m=offsets)
+        return lambda: product_of(act, down, out, tile, cu_seqlens_m=offsets)
     grad = _rows_like(case, 2 * INNER)
-    return lambda: quack_experts._product(grad, up.mT, out, tile, cu_seqlens_m=offsets, concat_layout=("B",))
+    return lambda: product_of(grad, up.mT, out, tile, cu_seqlens_m=offsets, concat_layout=("B",))
 
 
 def _gradient_thunk(case: Case, kind: str, tile: Tile, gathered: Tensor, weight: Tensor, sorted_rows: Rows) -> Thunk:

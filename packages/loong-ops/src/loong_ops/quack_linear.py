@@ -1,0 +1,96 @@
+"""The op `linear` on QuACK's Hopper GEMMs, the weight's gradient by cuBLAS where that keeps more of the card busy.
+
+Shape legend: t rows (all leading dims as one), n inputs, m outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from loong_ops.quack_products import (
+    LARGE,
+    Tile,
+    fits,
+    needs_bfloat16,
+    product,
+    rows_of,
+    tile_for,
+    weight_gradient,
+)
+from loong_ops.weight_gradient import delivered
+
+BUSY = 0.95
+"""Share of the card that QuACK's tiles of a weight's gradient must keep busy. On an H200 they reached 711 TFLOP/s at
+0.97 (weight [4096,12288]; cuBLAS 651), 614 at 0.81 ([5120,2048]; cuBLAS 683)."""
+
+
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, _tiles: Mapping[str, Tile] | None = None
+) -> Tensor:
+    """As `loong_core.references.linear.linear`, in bfloat16 on a Hopper card.
+
+    x [..., n], weight [m,n], bias [m] or None -> [..., m]. Sums in float32, with the bias, and rounds once. Where n or
+    m is no multiple of 8, torch computes all of it. `_tiles` are tiles for "forward", "inputs" or "weight" (gradients).
+    Raises `Unsupported` for other dtypes.
+    """
+    needs_bfloat16("linear", "torch", x=x, weight=weight)
+    if not fits(*weight.shape):
+        return functional.linear(x, weight, bias)
+    result: Tensor = _Linear.apply(x, weight, bias, _tiles or {})
+    return result
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, tiles: Mapping[str, Tile]) -> Tensor:
+        ctx.save_for_backward(x, weight, bias)
+        ctx.tiles = tiles
+        rows = rows_of(x)
+        out = rows.new_empty(len(rows), len(weight))
+        if len(rows):
+            options = {} if bias is None else {"rowvec_bias": rows_of(bias)}
+            tile = tiles.get("forward") or tile_for(*out.shape, rows.shape[1])
+            product(rows, rows_of(weight), out, tile, **options)
+        return out.view(*x.shape[:-1], len(weight))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        d_out = rows_of(gradient)
+        d_x = d_weight = d_bias = None
+        if needs_x:
+            d_x = d_out.new_empty(len(d_out), weight.shape[1])
+            if len(d_out):
+                tile = ctx.tiles.get("inputs") or tile_for(*d_x.shape, len(weight))
+                product(d_out, rows_of(weight).t(), d_x, tile)
+            d_x = d_x.view(x.shape)
+        if needs_weight:
+            tile = ctx.tiles.get("weight") or (LARGE if LARGE.busy(*weight.shape) >= BUSY else None)
+            d_weight = weight_gradient(weight, partial(_outer, d_out, rows_of(x), tile))
+        if needs_bias:
+            d_bias = delivered(bias, d_out.sum(0, dtype=torch.float32))
+        return d_x, d_weight, d_bias, None
+
+
+def _outer(left: Tensor, right: Tensor, tile: Tile | None, out: Tensor, add: bool) -> None:
+    """out [m,n] (+)= left [t,m]^T @ right [t,n]; without a tile by torch."""
+    if not len(left):
+        if not add:
+            out.zero_()
+    elif tile is not None:
+        product(left.t(), right.t(), out, tile, add_to_output=add)
+    elif out.dtype == left.dtype:
+        torch.addmm(out, left.t(), right, beta=float(add), out=out)
+    elif out.device.type == "cuda":
+        torch.addmm(out, left.t(), right, out_dtype=out.dtype, beta=float(add), out=out)
+    else:  # a CPU multiplies equal dtypes only
+        torch.addmm(out, left.t().to(out.dtype), right.to(out.dtype), beta=float(add), out=out)
