@@ -191,7 +191,7 @@ def test_on_a_device(dtype: torch.dtype, room: bool, monkeypatch: pytest.MonkeyP
     if not torch.cuda.is_available():
         pytest.skip("no GPU")
     if not room:
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100, 200))
+        monkeypatch.setattr(init, "_free_bytes", lambda device: 100)
     large = alone(ParameterSpec(role="head", shape=(1031, 257)), dtype, "cuda")
     parameters = [large, *model(dtype, "cuda")]
     init.initialise(Parameters(parameters), SEED, STD)  # type: ignore[arg-type]

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from loong_core.data.stream import Content
 from loong_core.errors import RunError, Unsupported
+from loong_core.startup import FIRST_STEP, Startup
 from loong_core.testing.shapes import decoder_shape
 from loong_core.train import metrics
 from loong_core.types import Cluster, ParallelPlan
@@ -195,6 +196,34 @@ def test_reporter_writes_rank_zeros_rows(tmp_path: Path, capsys: pytest.CaptureF
     going.step = 1
     metrics.Reporter(going).close()  # type: ignore[arg-type]
     assert [found["step"] for found in metrics.read(tmp_path / "metrics.jsonl")] == [1]
+
+
+def test_the_start_up_is_told_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    going, startup = run(tmp_path, ["console", "jsonl"]), Startup()
+    startup.parts = {"checks": 1.25}
+    caplog.set_level("INFO", logger="loong")
+    reporter = metrics.Reporter(going, startup)  # type: ignore[arg-type]
+    for step in (1, 2):
+        going.step = step
+        reporter.step(going, measured(), Data())  # type: ignore[arg-type]
+    reporter.close()
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("start-up")]
+    assert said == [startup.line()] == caplog.messages
+    assert list(startup.parts) == ["checks", FIRST_STEP] and startup.parts[FIRST_STEP] < 10
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_the_first_step_does_not_count_the_memory_of_setting_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from loong_core.train import memory_use
+
+    asked: list[str] = []
+    monkeypatch.setattr(memory_use, "used", lambda device: asked.append(device) or 7)
+    metrics.Reporter(run(tmp_path, []))  # type: ignore[arg-type]
+    assert asked == ["cpu"]
 
 
 def test_other_ranks_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

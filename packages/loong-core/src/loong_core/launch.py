@@ -18,6 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from loong_core.startup import VARIABLE, Startup
 from loong_core.types import Backend, Cluster
 
 WORKER = "loong_core.train.worker"
@@ -26,7 +27,7 @@ _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADD
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-def launch(recipe_path: Path, cluster: Cluster, backend: Backend, folder: Path) -> int:
+def launch(recipe_path: Path, cluster: Cluster, backend: Backend, folder: Path, startup: Startup | None = None) -> int:
     """Run the workers of one machine to their end.
 
     One worker is a plain child process; several are started by torch.distributed.run (see `loong_core.elastic`), which
@@ -37,6 +38,7 @@ def launch(recipe_path: Path, cluster: Cluster, backend: Backend, folder: Path) 
         cluster: how many workers, on how many machines.
         backend: its `env` is given to the workers; a variable that the user set wins.
         folder: the run folder; workers leave `logs/exit-<rank>.json` there.
+        startup: what was measured so far; workers go on with it.
 
     Returns:
         0, 1 (the run failed, or was stopped), or 2 (a worker found the input wrong).
@@ -45,7 +47,9 @@ def launch(recipe_path: Path, cluster: Cluster, backend: Backend, folder: Path) 
         stale.unlink(missing_ok=True)
     command = worker_command(recipe_path, cluster)
     single = cluster.world == 1
-    code = _supervise(command, worker_variables(cluster, backend, os.environ), escalate=single)
+    variables = worker_variables(cluster, backend, os.environ)
+    variables[VARIABLE] = "" if startup is None else startup.dump()
+    code = _supervise(command, variables, escalate=single)
     if sys.stdout.isatty():
         # A worker that was killed in the middle of drawing its progress bar leaves the cursor hidden.
         sys.stdout.write("\x1b[?25h")

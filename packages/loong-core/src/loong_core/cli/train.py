@@ -15,6 +15,7 @@ from loong_core.cli import output
 if TYPE_CHECKING:
     from loong_core.recipe_load import LoadedRecipe
     from loong_core.registry import Registry
+    from loong_core.startup import Startup
     from loong_core.validate import Prepared
 
 RecipeName = Annotated[str, typer.Argument(help="A YAML or JSON file, a run folder, or the name of a shipped recipe.")]
@@ -37,15 +38,17 @@ def train(recipe: RecipeName, overrides: Overrides = None) -> None:
       torchrun --nproc-per-node 8 -m loong_core train recipe.yaml
     """
     from loong_core import launch, recipe_load, registry
+    from loong_core.startup import Startup
 
+    startup = Startup()
     plugins = registry.open_registry()
     if launch.in_worker():
-        raise typer.Exit(_join(recipe, overrides or [], plugins))
+        raise typer.Exit(_join(recipe, overrides or [], plugins, startup))
     loaded = recipe_load.read(recipe, overrides or [], plugins)
-    raise typer.Exit(_start(loaded, plugins))
+    raise typer.Exit(_start(loaded, plugins, startup))
 
 
-def _start(loaded: LoadedRecipe, registry: Registry) -> int:
+def _start(loaded: LoadedRecipe, registry: Registry, startup: Startup) -> int:
     from loong_core import launch, run_folder, validate
 
     prepared = validate.prepare(loaded, registry)
@@ -53,12 +56,14 @@ def _start(loaded: LoadedRecipe, registry: Registry) -> int:
     fresh = not folder.is_dir() or not any(folder.iterdir())
     run_folder.create(prepared, registry)
     _announce(prepared, folder)
+    startup.mark("checks")
     code = _prepare_data(prepared, folder / run_folder.RECIPE)
+    startup.mark("data")
     if code:
         if fresh:
             run_folder.discard(folder)
         return code
-    return launch.launch(folder / run_folder.RECIPE, prepared.cluster, prepared.backend, folder)
+    return launch.launch(folder / run_folder.RECIPE, prepared.cluster, prepared.backend, folder, startup)
 
 
 def _prepare_data(prepared: Prepared, recipe_path: Path) -> int:
@@ -73,7 +78,7 @@ def _prepare_data(prepared: Prepared, recipe_path: Path) -> int:
     return code if code in (0, 2) else 1
 
 
-def _join(recipe: str, overrides: list[str], registry: Registry) -> int:
+def _join(recipe: str, overrides: list[str], registry: Registry, startup: Startup) -> int:
     """One rank of a world that somebody else started: rank 0 checks, writes and speaks, the others follow it."""
     from loong_core import recipe_load, run_folder, validate
     from loong_core.errors import LoongError
@@ -90,7 +95,8 @@ def _join(recipe: str, overrides: list[str], registry: Registry) -> int:
         _announce(prepared, folder)
     else:
         folder = run_folder.wait_for(prepared)
-    return worker.main(folder / run_folder.RECIPE)
+    startup.mark("checks")
+    return worker.main(folder / run_folder.RECIPE, startup)
 
 
 def _announce(prepared: Prepared, folder: Path) -> None:

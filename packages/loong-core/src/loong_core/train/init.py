@@ -47,7 +47,7 @@ def initialise(engine: Engine, seed: int, std: float, processes: int = 1) -> Non
     # The largest, an embedding say, would otherwise be drawn alone at the end.
     parameters = sorted(engine.parameters(), key=lambda parameter: -math.prod(parameter.spec.shape))
     exact = _room_for_exact(parameters)
-    devices = {parameter.tensor.device for parameter in parameters if parameter.tensor.device.type == "cuda"}
+    devices = {parameter.tensor.device for parameter in parameters if not parameter.tensor.is_cpu}
     with ThreadPoolExecutor(threads(processes), initializer=partial(_bind, devices)) as pool:
         try:
             jobs = [
@@ -111,13 +111,13 @@ def _stream(generator: torch.Generator, std: float, into: Tensor, kept: Tensor |
             there = kept is not None and kept.device == into.device
             source = kept[begin:end] if there and kept is not None else values.to(into.device, non_blocking=True)
             into[begin:end].copy_(source)
-        if into.is_cuda:
-            _local.events[_local.turn].record(torch.cuda.current_stream(into.device))
+        if not into.is_cpu:
+            _local.events[_local.turn].record(torch.get_device_module(into.device).current_stream(into.device))
 
 
 def _in_place(into: Tensor, kept: Tensor | None) -> Tensor | None:
     """The one of them that can be drawn into; None: neither, a buffer is needed."""
-    if into.is_cuda:
+    if not into.is_cpu:
         return None
     return next((tensor for tensor in (into, kept) if tensor is not None and tensor.dtype == torch.float32), None)
 
@@ -142,18 +142,18 @@ _local = threading.local()
 def _bind(devices: set[torch.device]) -> None:
     """Page-locked memory belongs to the current device, which is the first one in a new thread."""
     for device in devices:
-        torch.cuda.set_device(device)
+        torch.get_device_module(device).set_device(device)
 
 
 def _buffer(device: torch.device) -> Tensor:
     """Room for the next piece, once what was copied from it before has arrived."""
-    on_cuda = device.type == "cuda"
+    away = device.type != "cpu"
     if getattr(_local, "device", None) != device:
         _local.device, _local.turn = device, 0
-        _local.buffers = [torch.empty(PIECE + 16, pin_memory=on_cuda) for _ in range(BUFFERS if on_cuda else 1)]
-        _local.events = [torch.cuda.Event() for _ in _local.buffers] if on_cuda else []
+        _local.buffers = [torch.empty(PIECE + 16, pin_memory=away) for _ in range(BUFFERS if away else 1)]
+        _local.events = [torch.get_device_module(device).Event() for _ in _local.buffers] if away else []
     _local.turn = (_local.turn + 1) % len(_local.buffers)
-    if on_cuda:
+    if away:
         _local.events[_local.turn].synchronize()
     return _local.buffers[_local.turn]
 
@@ -167,11 +167,16 @@ def _room_for_exact(parameters: list[LocalParameter]) -> dict[Tensor, Tensor]:
     trained = {
         parameter.trained: parameter.tensor.device
         for parameter in parameters
-        if parameter.tensor.dtype.itemsize < torch.float32.itemsize and parameter.tensor.device.type == "cuda"
+        if parameter.tensor.dtype.itemsize < torch.float32.itemsize and not parameter.tensor.is_cpu
     }
     needed = _LARGEST_STATE * sum(tensor.numel() for tensor in trained)
-    if not trained or needed > min(torch.cuda.mem_get_info(device)[0] for device in set(trained.values())):
+    if not trained or needed > min(map(_free_bytes, set(trained.values()))):
         return {}
     return {
         tensor: torch.empty(tensor.numel(), dtype=torch.float32, device=device) for tensor, device in trained.items()
     }
+
+
+def _free_bytes(device: torch.device) -> int:
+    module = torch.get_device_module(device)
+    return int(module.mem_get_info(device)[0]) if hasattr(module, "mem_get_info") else 0

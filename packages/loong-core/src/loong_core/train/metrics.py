@@ -41,9 +41,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from loong_core.errors import RunError, Unsupported
+from loong_core.log import logger
+from loong_core.startup import FIRST_STEP
 
 if TYPE_CHECKING:
     from loong_core.data.stream import Stream
+    from loong_core.startup import Startup
     from loong_core.train.run import Run
 
 FIELDS = (
@@ -232,10 +235,18 @@ def sink_problems(names: Sequence[str]) -> list[str]:
 
 
 class Reporter:
-    """Measures memory on every rank and writes the rows of rank 0 to the sinks of `log.to`."""
+    """Measures memory on every rank and writes the rows of rank 0 to the sinks of `log.to`.
 
-    def __init__(self, run: Run) -> None:
+    With `startup` the first step it is told of ends the start-up: how long that took is said once, on the console and
+    in the log.
+    """
+
+    def __init__(self, run: Run, startup: Startup | None = None) -> None:
+        from loong_core.train.memory_use import used
+
         self._sinks: list[Sink] = []
+        self._startup = startup
+        used(run.device)  # What setting up needed at its peak is not what the first step uses.
         if problems := sink_problems(run.recipe.log.to):
             raise Unsupported(*problems)
         if run.is_main:
@@ -255,6 +266,9 @@ class Reporter:
         """Report the step that `run.step` now counts. Collective: every rank calls it."""
         from loong_core.train.memory_use import fullest_rank
 
+        startup, self._startup = self._startup, None
+        if startup is not None:
+            startup.mark(FIRST_STEP)
         memory = fullest_rank(run.device)
         if not self._sinks:
             return
@@ -272,6 +286,16 @@ class Reporter:
         )
         for sink in self._sinks:
             sink.write(done)
+        if startup is not None:
+            self._say(startup.line())
+
+    def _say(self, text: str) -> None:
+        from loong_core.train.watch import Watch
+
+        logger.info(text)
+        for sink in self._sinks:
+            if isinstance(sink, Watch):
+                sink.say(text)
 
     def close(self) -> None:
         """Close every sink; safe to call again."""

@@ -100,6 +100,12 @@ class Watch:
         elif evaluated or row["step"] % self._every == 0 or row["step"] in (self._first, self._steps):
             self._line(row, evaluated)
 
+    def say(self, text: str) -> None:
+        """A line of its own, above the bar if there is one."""
+        console = self._console if self._live is None else self._live.console
+        console.print(text, markup=False, soft_wrap=True)
+        console.file.flush()
+
     def _eta(self, row: Metrics) -> str:
         pace = statistics.median(self._pace) if self._pace else row["step_seconds"]
         return duration(pace * (self._steps - row["step"]))

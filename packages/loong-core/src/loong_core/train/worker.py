@@ -14,20 +14,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from loong_core.startup import Startup
     from loong_core.train.engine import Engine
     from loong_core.train.run import Run
 
 
-def main(recipe_path: Path) -> int:
-    """Train the resolved recipe at `recipe_path`, which lies in its run folder."""
+def main(recipe_path: Path, startup: Startup | None = None) -> int:
+    """Train the resolved recipe at `recipe_path`, which lies in its run folder. `startup`: what was measured so far;
+    by default what the launcher left in the environment."""
     from loong_core import log
+    from loong_core import startup as startups
 
+    if startup is None:
+        startup = startups.Startup.read(os.environ.pop(startups.VARIABLE, None))
+        startup.mark("launch")
     folder = recipe_path.resolve().parent
     rank = int(os.environ.get("RANK", "0"))
     log.start(folder, rank)
     code, message = 1, ""
     try:
-        _train(recipe_path, folder)
+        _train(recipe_path, folder, startup)
         code = 0
     except BaseException as error:
         code = getattr(error, "exit_code", 1)
@@ -46,7 +52,7 @@ def main(recipe_path: Path) -> int:
     return code
 
 
-def _train(recipe_path: Path, folder: Path) -> None:
+def _train(recipe_path: Path, folder: Path, startup: Startup) -> None:
     """Build the run, bring in weights or a checkpoint, train, export, report."""
     from loong_core import plugins, validate
     from loong_core.recipe_load import load
@@ -54,17 +60,24 @@ def _train(recipe_path: Path, folder: Path) -> None:
 
     registry = Registry(plugins.load())
     prepared = validate.prepare(load(str(recipe_path), [], registry), registry, worker=True)
+    startup.mark("checks")
 
     from loong_core.train import run as runs
 
+    startup.mark("imports")
     run = runs.create(prepared, registry, folder)
+    startup.mark("device")
     error: BaseException | None = None
     try:
         from loong_core.data.prepare import prepare
 
         data = prepare(run.recipe, folder)
-        engine = resolve(run.registry.get("parallel_planners", run.plan.planner).build)(run)
-        _run(run, engine, data)
+        startup.mark("data")
+        build = resolve(run.registry.get("parallel_planners", run.plan.planner).build)
+        startup.mark("imports")
+        engine = build(run)
+        startup.mark("model")
+        _run(run, engine, data, startup)
         engine.close()
     except BaseException as caught:
         error = caught
@@ -74,7 +87,7 @@ def _train(recipe_path: Path, folder: Path) -> None:
         _leave(error)
 
 
-def _run(run: Run, engine: Engine, data: Any) -> None:
+def _run(run: Run, engine: Engine, data: Any, startup: Startup) -> None:
     from loong_core.data.stream import Stream
     from loong_core.train import report
     from loong_core.train.checkpoints import Checkpoints
@@ -86,13 +99,16 @@ def _run(run: Run, engine: Engine, data: Any) -> None:
     found = checkpoints.newest()
     if found is None:
         start_weights(run, engine)
+    startup.mark("weights")
     freeze(run, engine)
     run.registry.events.model_built(engine.modules, run)
     engine.optimizer(run.recipe.optim)
+    startup.mark("optimizer")
     stream = Stream(run.recipe, data, run.plan, _replica(run))
     if found is not None:
         checkpoints.load(run, engine, stream, found)
-    reporter = Reporter(run)
+        startup.mark("checkpoint")
+    reporter = Reporter(run, startup)
     run.registry.events.run_start(run)
     try:
         train(run, engine, stream, checkpoints, reporter)
