@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from loong_core import launch
+from loong_core.startup import Startup
 from loong_core.types import Backend, Cluster
 
 WORKER = """
@@ -23,6 +24,7 @@ folder = Path(sys.argv[1]).parent
 rank = os.environ.get("RANK", "0")
 order = json.loads((folder / "order.json").read_text())
 names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "OMP_NUM_THREADS", "FROM_BACKEND", "PYTHONSAFEPATH")
+names += ("LOONG_STARTUP",)
 seen = {name: os.environ.get(name) for name in names}
 seen["pid"], seen["path"] = os.getpid(), sys.path
 (folder / f"seen-{rank}.json").write_text(json.dumps(seen))
@@ -84,6 +86,14 @@ def test_one_worker_is_a_child(folder: Path, capfd: pytest.CaptureFixture[str]) 
     assert started(folder, 1, say="hello") == 0
     assert capfd.readouterr().out == "worker 0 says hello\n"
     assert seen(folder)["WORLD_SIZE"] is None and seen(folder)["pid"] != os.getpid()
+
+
+def test_workers_go_on_measuring(folder: Path) -> None:
+    startup = Startup()
+    startup.mark("checks")
+    (folder / "order.json").write_text("{}")
+    launch.launch(folder / "recipe.yaml", Cluster(devices_per_node=1), backend(), folder, startup)
+    assert Startup.read(seen(folder)["LOONG_STARTUP"]).parts == startup.parts
 
 
 @pytest.mark.parametrize(("code", "expected"), [(0, 0), (1, 1), (2, 2), (77, 1)])
