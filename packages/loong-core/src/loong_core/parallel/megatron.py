@@ -261,6 +261,9 @@ class MegatronEngine:
     def step(self, lr: float) -> float:
         """One AdamW update at learning rate `lr`; returns the global gradient norm before clipping."""
         assert self._optimizer is not None
+        for chunk in self._wrapped:
+            # Whoever looked at the parameters since the backward pass had them gathered, as they were then.
+            chunk.reset_param_sync_dispatch_state()
         return self._optimizer.step(lr, self.gradient_scale)
 
     # ------------------------------------------------------------------------------------- parameters
