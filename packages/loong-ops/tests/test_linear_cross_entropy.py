@@ -110,6 +110,17 @@ def test_the_weight_gradient_joins_its_buffer(kind):
     assert (weight.main_grad[VOCABULARY:] == 2.0).all()
 
 
+@pytest.mark.parametrize("kind", ["uniform", "own"])
+def test_an_empty_buffer_is_written_as_a_whole(kind):
+    hidden, weight, targets = inputs()
+    weight.main_grad, weight.main_grad_empty = torch.full((ROWS, HIDDEN), float("nan")), True
+    upstream = upstream_of(kind, 7)
+    linear_cross_entropy(hidden, weight, targets, vocabulary=VOCABULARY, _chunk=3).backward(upstream)
+    assert weight.grad_added_to_main_grad and not weight.main_grad_empty
+    assert_near([weight.main_grad], expected(hidden, weight, targets, upstream)[2:])
+    assert (weight.main_grad[VOCABULARY:] == 0).all()
+
+
 def test_a_tied_weight_returns_its_gradient():
     hidden, weight, targets = inputs()
     weight.main_grad = torch.zeros(ROWS, HIDDEN)
@@ -258,10 +269,10 @@ def test_no_allocation_exceeds_a_tenth_of_the_logits(kind):
 
 def test_the_chosen_chunk_is_less_than_a_tenth():
     for tokens, hidden in ((32768, 2048), (32768, 4096), (65536, 5120), (131072, 2048)):
-        assert chunk_tokens(tokens, hidden) <= tokens / 10
+        assert chunk_tokens(tokens, hidden, module.Products()) <= tokens / 10
     # Few tokens have few logits: there a chunk is at least what keeps the products fast.
-    assert chunk_tokens(4096, 2048) == min(module.CHUNKS)
-    assert chunk_tokens(1, 1) == min(module.CHUNKS)
+    assert chunk_tokens(4096, 2048, module.Products()) == min(module.CHUNKS)
+    assert chunk_tokens(1, 1, module.Products()) == min(module.CHUNKS)
 
 
 def test_the_planner_knows_the_chunks():

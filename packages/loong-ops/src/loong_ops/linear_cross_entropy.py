@@ -15,16 +15,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from loong_core.parallel.gradient_buffer import buffer_of, mark_added
+from loong_core.parallel.gradient_buffer import buffer_to_fill, mark_added
 from loong_core.references.cross_entropy import IGNORED, _check_targets
 from loong_ops.cross_entropy import Share, write_gradients, write_losses
+from loong_ops.quack_products import LONG, Tile
 
 CHUNKS = (4096, 3072, 2048)
 """Tokens at a time, to choose from. Fewer make the sum over chunks of the weight's gradient, which is read and written
 for each, dearer than the products themselves."""
-TILE = (128, 256)
-UNITS = 132
-"""Output tile of the fastest matrix products, and how many are computed at once, on an H200."""
 ALIGNMENT = 64
 """Logits per row are a multiple of this, because matrix products are slow on rows that begin anywhere."""
 FLOAT16_SCALE = 1024.0
@@ -40,6 +38,7 @@ def linear_cross_entropy(
     vocabulary: int,
     group: Any = None,
     _chunk: int | None = None,
+    _products: Products | None = None,
 ) -> Tensor:
     """Cross entropy of `hidden @ weight.T`: hidden [t,h], weight [v/n,h], targets [t] -> loss [t] in float32.
 
@@ -52,30 +51,59 @@ def linear_cross_entropy(
     Raises `DataError` on a CPU (elsewhere the device reports it) for other targets outside the vocabulary.
     """
     _check_targets(targets, vocabulary)
-    chunk = _chunk or chunk_tokens(*hidden.shape)
+    products = _products or Products()
+    tokens, size = hidden.shape
+    chunk = _chunk or chunk_tokens(tokens, size, products)
     # Inside an autograd function gradients always look switched off, so it is asked here.
     wanted = torch.is_grad_enabled()
     share = Share.of(vocabulary, weight.shape[0], group)
-    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets.contiguous(), share, chunk, wanted)
+    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets.contiguous(), share, chunk, wanted, products)
     return loss
 
 
-def chunk_tokens(tokens: int, hidden: int) -> int:
+class Products:
+    """The three matrix products of a chunk, by torch. Shapes: hidden [c,h], weight [w,h], gradient [c,w] of the c
+    tokens' logits. Results are written to memory that is given, with sums in float32."""
+
+    def tile(self, rows: int, columns: int) -> Tile:
+        """How `hidden_gradient` cuts a result of this size; cuBLAS's fastest."""
+        return LONG
+
+    def logits(self, hidden: Tensor, weight: Tensor, out: Tensor) -> None:
+        """out [c,w] = hidden @ weight.T."""
+        torch.mm(hidden, weight.t(), out=out)
+
+    def hidden_gradient(self, gradient: Tensor, weight: Tensor, out: Tensor, *, alpha: float) -> None:
+        """out [c,h] = alpha * gradient @ weight."""
+        _multiply(gradient, weight, out, alpha=alpha)
+
+    def weight_gradient(self, gradient: Tensor, hidden: Tensor, out: Tensor, *, alpha: float, add: bool) -> None:
+        """out [w,h] = alpha * gradient.T @ hidden, or with `add` that more than it was; `out` is float32."""
+        _multiply(gradient.t(), hidden, out, beta=float(add), alpha=alpha)
+
+
+def chunk_tokens(tokens: int, hidden: int, products: Products) -> int:
     """Tokens at a time: at most a tenth of all (or the fewest of `CHUNKS`), such that the gradient of a chunk's hidden
     states, the one product with few output tiles, keeps the device busy to its last tile."""
 
     def busy(chunk: int) -> float:
-        tiles = -(-chunk // TILE[0]) * -(-hidden // TILE[1])
-        return tiles / (-(-tiles // UNITS) * UNITS)
+        return round(products.tile(chunk, hidden).busy(chunk, hidden), 2)
 
     allowed = [chunk for chunk in CHUNKS if chunk <= tokens // 10] or [min(CHUNKS)]
-    return max(allowed, key=lambda chunk: (round(busy(chunk), 2), chunk))
+    return max(allowed, key=lambda chunk: (busy(chunk), chunk))
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, share: Share, chunk: int, wanted: bool
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        share: Share,
+        chunk: int,
+        wanted: bool,
+        products: Products,
     ) -> Tensor:
         rows, used = hidden.contiguous(), _used(weight, share)
         loss = torch.empty(targets.shape, dtype=torch.float32, device=hidden.device)
@@ -87,17 +115,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
             fresh = torch.empty_like if targets.numel() else torch.zeros_like
             weight_gradient = fresh(used, dtype=torch.float32)
         scale = FLOAT16_SCALE if hidden.dtype == torch.float16 else 1.0
-        for part, logits in _chunks(rows, used, chunk):
+        for part, logits in _chunks(rows, used, chunk, products):
             place = None if hidden_gradient is None and weight_gradient is None else logits
             write_losses(logits, targets[part], share, loss[part], peaks[part], inverses[part], place, scale)
             gradient = logits[:, : used.shape[0]]
             if hidden_gradient is not None:
-                _multiply(gradient, used, hidden_gradient[part], alpha=1 / scale)
+                products.hidden_gradient(gradient, used, hidden_gradient[part], alpha=1 / scale)
             if weight_gradient is not None:
-                _multiply(gradient.t(), rows[part], weight_gradient, beta=float(part.start > 0), alpha=1 / scale)
+                add = part.start > 0
+                products.weight_gradient(gradient, rows[part], weight_gradient, alpha=1 / scale, add=add)
         again = None if weight_gradient is None else hidden
         ctx.save_for_backward(again, weight, targets, peaks, inverses, hidden_gradient, weight_gradient)
-        ctx.share, ctx.chunk = share, chunk
+        ctx.share, ctx.chunk, ctx.products = share, chunk, products
         return loss
 
     @staticmethod
@@ -109,20 +138,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if hidden_gradient is not None:
             result_hidden = torch.mul(hidden_gradient, factor[:, None], out=torch.empty_like(hidden_gradient))
         if weight_gradient is not None:
-            used = slice(weight_gradient.shape[0])
-            target = buffer_of(weight)
+            target, write = buffer_to_fill(weight)
             if target is None:
                 target = result_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
-                result_weight[used.stop :].zero_()
+                write = True
+            used = target[: weight_gradient.shape[0]]
+            if write:
+                target[used.shape[0] :].zero_()
             if factor.numel() > 1:
-                _compute_again(ctx, factor, target[used], add=result_weight is None)
-            elif result_weight is None:
-                target[used].addcmul_(weight_gradient, factor)
+                _compute_again(ctx, factor, used, add=not write)
+            elif write:
+                torch.mul(weight_gradient, factor, out=used)
             else:
-                torch.mul(weight_gradient, factor, out=target[used])
+                used.addcmul_(weight_gradient, factor)
             if result_weight is None:
                 mark_added(weight)
-        return result_hidden, result_weight, None, None, None, None
+        return result_hidden, result_weight, None, None, None, None, None
 
 
 def _factor(upstream: Tensor, targets: Tensor) -> Tensor:
@@ -140,9 +171,10 @@ def _compute_again(ctx: Any, factor: Tensor, target: Tensor, *, add: bool) -> No
     hidden, weight, targets, peaks, inverses, _, _ = ctx.saved_tensors
     rows, used = hidden.contiguous(), _used(weight, ctx.share)
     total = target if target.dtype == torch.float32 else torch.empty_like(target, dtype=torch.float32)
-    for part, logits in _chunks(rows, used, ctx.chunk):
+    for part, logits in _chunks(rows, used, ctx.chunk, ctx.products):
         write_gradients(logits, targets[part], ctx.share, peaks[part], inverses[part], factor[part], logits)
-        _multiply(logits[:, : used.shape[0]].t(), rows[part], total, beta=float(add or part.start > 0))
+        gradient = logits[:, : used.shape[0]]
+        ctx.products.weight_gradient(gradient, rows[part], total, alpha=1.0, add=add or part.start > 0)
     if total is not target:
         target.copy_(total)
 
@@ -152,14 +184,14 @@ def _used(weight: Tensor, share: Share) -> Tensor:
     return weight[: -(-share.held // ALIGNMENT) * ALIGNMENT].contiguous()
 
 
-def _chunks(hidden: Tensor, weight: Tensor, chunk: int) -> Iterator[tuple[slice, Tensor]]:
+def _chunks(hidden: Tensor, weight: Tensor, chunk: int, products: Products) -> Iterator[tuple[slice, Tensor]]:
     """Parts of the tokens with their logits [tokens, w and padding], all in the same memory."""
     count, width = hidden.shape[0], weight.shape[0]
     memory = hidden.new_empty((min(chunk, count), -(-width // ALIGNMENT) * ALIGNMENT))
     for start in range(0, count, chunk):
         part = slice(start, min(start + chunk, count))
         logits = memory[: part.stop - start]
-        torch.mm(hidden[part], weight.t(), out=logits[:, :width])
+        products.logits(hidden[part], weight, logits[:, :width])
         yield part, logits
 
 

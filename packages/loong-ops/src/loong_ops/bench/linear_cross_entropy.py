@@ -32,17 +32,18 @@ def rows() -> list[Row]:
 # ------------------------------------------------------------------------------------------- the whole
 def _losses() -> Iterator[Row]:
     losses: dict[str, Callable[..., Tensor]] = {
-        "triton": _fused, "reference": _reference, "torch": _torch, "liger": _liger,
+        **FUSED, "reference": _reference, "torch": _torch, "liger": _liger,
     }  # fmt: skip
     for tokens, hidden in SIZES:
         for name, loss in losses.items():
             yield _row(tokens, hidden, name, loss)
-        yield _row(tokens, hidden, "triton", _fused, direction="forward")
-        # A factor of each token's own: the weight's gradient is computed again, two products more.
-        yield _row(tokens, hidden, "triton[own factors]", _fused, uniform=False, headline=False)
-        for chunk in CHUNKS:
-            if chunk <= tokens:
-                yield _row(tokens, hidden, f"triton[chunk {chunk}]", partial(_fused, chunk=chunk), headline=False)
+        for name, loss in FUSED.items():
+            yield _row(tokens, hidden, name, loss, direction="forward")
+            # A factor of each token's own: the weight's gradient is computed again, two products more.
+            yield _row(tokens, hidden, f"{name}[own factors]", loss, uniform=False, headline=False)
+            for chunk in CHUNKS:
+                if chunk <= tokens:
+                    yield _row(tokens, hidden, f"{name}[chunk {chunk}]", partial(loss, chunk=chunk), headline=False)
 
 
 def _row(tokens: int, hidden: int, name: str, loss: Callable[..., Tensor], **others: Any) -> Row:
@@ -69,7 +70,7 @@ def _step(tokens: int, hidden: int, loss: Callable[..., Tensor], backward: bool,
     buffer = torch.zeros(VOCABULARY, hidden, device="cuda")
     targets = torch.randint(0, VOCABULARY, (tokens,), device="cuda")
     factors = torch.rand(tokens, device="cuda")
-    if loss is _fused or getattr(loss, "func", None) is _fused:
+    if getattr(loss, "func", loss) in FUSED.values():
         weight.main_grad = buffer  # type: ignore[attr-defined]
     loss(states[:1], weight, targets[:1])  # where a library is missing it shows here
     if not backward:
@@ -94,6 +95,16 @@ def _fused(states: Tensor, weight: Tensor, targets: Tensor, chunk: int | None = 
     from loong_ops.linear_cross_entropy import linear_cross_entropy
 
     return linear_cross_entropy(states, weight, targets, vocabulary=VOCABULARY, _chunk=chunk)
+
+
+def _quack(states: Tensor, weight: Tensor, targets: Tensor, chunk: int | None = None) -> Tensor:
+    from loong_ops.quack_linear_cross_entropy import linear_cross_entropy
+
+    return linear_cross_entropy(states, weight, targets, vocabulary=VOCABULARY, _chunk=chunk)
+
+
+FUSED: dict[str, Callable[..., Tensor]] = {"triton": _fused, "quack": _quack}
+"""Ours, which know the weight's buffer."""
 
 
 def _reference(states: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
