@@ -40,15 +40,18 @@ def loong_ops() -> Iterable[OpImpl]:
         supports="loong_ops.support:flash4",
         rank=15,
     )
-    quack = OpImpl(
-        op="experts",
-        name="quack",
-        target="loong_ops.quack_experts:experts",
-        backends=frozenset({"cuda"}),
-        supports="loong_ops.support:quack",
-        rank=30,  # measured: 12.8 ms forward and backward where the Triton kernels take 20.3
-    )
-    return [*kernels, flash, quack]
+    quack = [
+        OpImpl(
+            op=op,
+            name="quack",
+            target=f"loong_ops.{module}:{op}",
+            backends=frozenset({"cuda"}),
+            supports="loong_ops.support:quack",
+            rank=30,  # measured: experts take 12.8 ms forward and backward where the Triton kernels take 20.3
+        )
+        for op, module in QUACK.items()
+    ]
+    return [*kernels, flash, *quack]
 
 
 @hookimpl
@@ -70,3 +73,11 @@ TRITON: dict[str, str] = {
     "route": "route",
 }
 """Op -> the module of its Triton implementation; the function is named after the op."""
+
+QUACK: dict[str, str] = {
+    "experts": "quack_experts",
+    "linear": "quack_linear",
+    "gated_mlp": "quack_mlp",
+    "linear_cross_entropy": "quack_linear_cross_entropy",
+}
+"""Op -> the module of its implementation by QuACK's products, likewise."""
