@@ -161,3 +161,13 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
         module.__dict__.update(content)
         monkeypatch.setitem(sys.modules, name, module)
     quack_products.config.cache_clear()
+
+
+def play_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors asked for on a CUDA device come to be on the CPU."""
+
+    def elsewhere(function: Any) -> Any:
+        return lambda *arguments, device, **options: function(*arguments, **options)
+
+    for name in ("randn", "zeros", "empty"):
+        monkeypatch.setattr(torch, name, elsewhere(getattr(torch, name)))

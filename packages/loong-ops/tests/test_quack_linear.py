@@ -9,12 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from quack_stand_ins import play_cuda
 from torch import Tensor
 
 from loong_core.errors import Unsupported
 from loong_core.references.linear import linear as reference
 from loong_core.testing.op import OpContract, error
 from loong_ops import quack_linear
+from loong_ops.bench import linear as bench
+from loong_ops.bench.row import Missing
 from loong_ops.quack_linear import linear
 from loong_ops.quack_products import LARGE, LONG, Tile, rows_of, tile_for
 
@@ -160,3 +163,18 @@ def test_tiles_by_size(sizes: tuple[int, int, int], tile: Tile) -> None:
 )
 def test_who_multiplies_for_a_weights_gradient(weight: tuple[int, int], by_quack: bool) -> None:
     assert (LARGE.busy(*weight) >= quack_linear.BUSY) is by_quack
+
+
+@pytest.mark.usefixtures("torch_products")
+def test_benchmarks_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "TOKENS", 8)
+    monkeypatch.setattr(bench, "SIZES", {"small": (16, 24)})
+    play_cuda(monkeypatch)
+    done: set[str] = set()
+    for row in bench.rows():
+        try:
+            row.make()()
+            done.add(row.name)
+        except Missing as missing:
+            assert str(missing) == row.name == "transformer_engine"
+    assert {"quack", "torch", f"quack[{LARGE}]"} <= done

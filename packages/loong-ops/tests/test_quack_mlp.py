@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from quack_stand_ins import play_cuda
 from torch import Tensor
 
 from loong_core.errors import Unsupported
 from loong_core.references.mlp import gated_mlp as reference
 from loong_core.testing.op import OpContract, error
+from loong_ops.bench import gated_mlp as bench
 from loong_ops.quack_mlp import gated_mlp
 from loong_ops.quack_products import Tile
 
@@ -145,3 +147,14 @@ def test_another_dtype_is_refused() -> None:
     x, up, down = inputs()
     with pytest.raises(Unsupported, match=r"x is float16.*ops: \{gated_mlp: torch\}"):
         gated_mlp(x.half(), up, down)
+
+
+@pytest.mark.usefixtures("torch_products")
+def test_benchmarks_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, size in (("TOKENS", 8), ("HIDDEN", 16), ("INNER", 24)):
+        monkeypatch.setattr(bench, name, size)
+    rows = bench.rows()
+    assert {row.shape.split(":")[0] for row in rows if not row.headline} == set(bench.VARIANTS)
+    play_cuda(monkeypatch)
+    for row in rows:
+        row.make()()

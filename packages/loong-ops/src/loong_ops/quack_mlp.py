@@ -29,7 +29,7 @@ from loong_ops.quack_products import (
 from loong_ops.swiglu import swiglu
 
 TILES: Mapping[str, Tile] = {"up": LARGE, "d_act": Tile(128, 128, pingpong=True)}
-"""The products with SwiGLU in their epilogue; `bench/quack_mlp.py` has others to compare. Wider ones of `d_act` have
+"""The products with SwiGLU in their epilogue; `bench/gated_mlp.py` has others to compare. Wider ones of `d_act` have
 too few registers for an epilogue that reads and writes pairs."""
 
 

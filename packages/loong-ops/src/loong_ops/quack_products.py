@@ -31,6 +31,9 @@ class Tile(NamedTuple):
     pingpong: bool = False
     cluster: int = 2
 
+    def __str__(self) -> str:
+        return f"{self.rows}x{self.columns},{'turns' if self.pingpong else 'together'},c{self.cluster}"
+
     def busy(self, rows: int, columns: int) -> float:
         """Share of the card's work that goes into an output of this size: the rest is tiles that stick out over its
         edges, and units that have nothing to do while the last tiles are computed."""

@@ -93,12 +93,11 @@ def rows() -> list[Row]:
 
 def _product_row(case: Case, kind: str, tile: Tile) -> Row:
     headline = tile == TILES[kind]
-    words = f"{tile.rows}x{tile.columns},{'turns' if tile.pingpong else 'together'},c{tile.cluster}"
     columns = 2 * INNER if kind in ("up", "d_hidden", "d_up") else INNER
     return Row(
         op="experts",
         shape=f"{kind}: {case.shape}",
-        name="quack" if headline else f"quack[{words}]",
+        name="quack" if headline else f"quack[{tile}]",
         direction="forward" if kind in ("up", "down") else "backward",
         make=functools.partial(product, case, kind, tile),
         flops=2.0 * case.pairs * HIDDEN * columns,
