@@ -108,9 +108,10 @@ def _stream(generator: torch.Generator, std: float, into: Tensor, kept: Tensor |
             kept[begin:end].copy_(values, non_blocking=True)
         if into is not in_place:
             # Rounded on the device: a copy that also converts would convert here first, and wait.
-            there = kept is not None and kept.device == into.device
-            source = kept[begin:end] if there and kept is not None else values.to(into.device, non_blocking=True)
-            into[begin:end].copy_(source)
+            if kept is not None and kept.device == into.device:
+                into[begin:end].copy_(kept[begin:end])
+            else:
+                into[begin:end].copy_(values.to(into.device, non_blocking=True))
         if not into.is_cpu:
             _local.events[_local.turn].record(torch.get_device_module(into.device).current_stream(into.device))
 
