@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loong_ckpt.hf_folder import INDEX, SINGLE
+from loong_ckpt.hf_folder import INDEX, SINGLE, HFFolder
 from loong_ckpt.mapping import candidates, hf_shapes
 from loong_core.safetensors_header import BITS
 from loong_core.types import ModelShape, ParameterSpec, Weight
-from loong_core.weights import VERBS, WeightMap
+from loong_core.weights import WeightMap, extents, verb_of
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 SHARD_BYTES = 5_000_000_000
 """Default size limit of a file; that of transformers before version 5."""
+COPIED_BYTES = 1 << 26
+"""Bytes of a tensor without a parameter that are copied at once."""
 DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
@@ -46,7 +48,8 @@ class Slot:
 
 @dataclass(frozen=True)
 class ExportPlan:
-    """`slots` by HF name, `rows` by role, `copies` (HF name -> HF name whose bytes it repeats), `headers` by file."""
+    """`slots` by HF name, `rows` by role, `copies` (HF name -> HF name whose bytes it repeats), `headers` by file.
+    `unused` are names of tensors without a parameter."""
 
     slots: dict[str, Slot]
     rows: dict[str, Weight]
@@ -54,6 +57,7 @@ class ExportPlan:
     headers: dict[str, bytes]
     sizes: dict[str, int]
     parameters: int
+    unused: tuple[str, ...] = ()
 
     def create(self, folder: Path) -> None:
         """Make the files with their headers and full size, and the index if there are several."""
@@ -69,6 +73,19 @@ class ExportPlan:
             }
             (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
+    def fill_unused(self, folder: Path, source: HFFolder) -> None:
+        """Copy tensors without a parameter from where the run started; those that are not there stay zeros."""
+        for name in self.unused:
+            entry = source.tensors.get(name)
+            slot = self.slots[name]
+            if entry is None or (entry.dtype, tuple(entry.shape)) != (slot.dtype, slot.shape):
+                continue
+            with open(source.files[name], "rb") as read, open(folder / slot.file, "r+b") as write:
+                read.seek(entry.begin)
+                write.seek(slot.begin)
+                for begin in range(entry.begin, entry.end, COPIED_BYTES):
+                    write.write(read.read(min(COPIED_BYTES, entry.end - begin)))
+
 
 def plan_export(run: Run, source: Source | None, shard_bytes: int = SHARD_BYTES) -> ExportPlan:
     """The same plan on every rank, from the run's shape and the source's names and dtypes."""
@@ -79,16 +96,19 @@ def plan_export(run: Run, source: Source | None, shard_bytes: int = SHARD_BYTES)
     experts: dict[str, int] = {}
     for spec in run.shape.parameters:
         row = rows[spec.role]
-        for name, extents in zip(row.hf, hf_shapes(spec, row, run.shape), strict=True):
+        for name, shape in zip(row.hf, hf_shapes(spec, row, run.shape), strict=True):
             if row.verb == "stack":
                 experts[name] = experts.get(name, 0) + 1
-                extents = (experts[name], *extents)
-            shapes[name] = extents
+                shape = (experts[name], *shape)
+            shapes[name] = shape
     copies = _copies(run, rows, layout, shapes)
     shapes |= {name: shapes[original] for name, original in copies.items()}
+    unused = _unused(run, layout)
+    shapes |= unused
     dtypes = {name: (layout or {}).get(name, default) for name in shapes}
-    slots, headers, sizes = _arrange(shapes, dtypes, shard_bytes)
-    return ExportPlan(slots, rows, copies, headers, sizes, sum(spec.size for spec in run.shape.parameters))
+    slots, headers, sizes = _arrange(shapes, dtypes, None if run.family.single_file else shard_bytes)
+    total = sum(spec.size for spec in run.shape.parameters)
+    return ExportPlan(slots, rows, copies, headers, sizes, total, tuple(unused))
 
 
 def _rows(shape: ModelShape, weights: tuple[Weight, ...], layout: Mapping[str, str] | None) -> dict[str, Weight]:
@@ -105,23 +125,39 @@ def _rows(shape: ModelShape, weights: tuple[Weight, ...], layout: Mapping[str, s
 def _copies(
     run: Run, rows: Mapping[str, Weight], layout: Mapping[str, str] | None, shapes: Mapping[str, Any]
 ) -> dict[str, str]:
-    """A tied head that the source stored all the same: written again, so that the names stay the same."""
-    if not run.shape.tied_embeddings or "embed" not in rows:
-        return {}
-    head = WeightMap(run.family.weights).candidates(ParameterSpec(role="head", shape=()))
-    names = {name for row in head for name in row.hf}
-    return {name: rows["embed"].hf[0] for name in layout or {} if name in names and name not in shapes}
+    """A tied head, or another twin, that the source stored all the same: written again, so that the names stay the
+    same."""
+    table = WeightMap(run.family.weights)
+    names: dict[str, str] = {}
+    if run.shape.tied_embeddings and "embed" in rows:
+        head = table.candidates(ParameterSpec(role="head", shape=()))
+        names = {name: rows["embed"].hf[0] for row in head for name in row.hf}
+    for spec in run.shape.parameters:
+        names |= dict.fromkeys(table.twins(spec), rows[spec.role].hf[0])
+    return {name: names[name] for name in layout or {} if name in names and name not in shapes}
+
+
+def _unused(run: Run, layout: Mapping[str, str] | None) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors that public loaders want and no parameter makes: those of the source, or the
+    first name of each."""
+    found: dict[str, tuple[int, ...]] = {}
+    for row in WeightMap(run.family.weights).unused:
+        shape = tuple(extents(row.extents, run.shape.fields))
+        names = [name for name in row.hf if name in layout] if layout is not None else [row.hf[0]]
+        found |= dict.fromkeys(names, shape)
+    return found
 
 
 def _arrange(
-    shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, str], shard_bytes: int
+    shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, str], shard_bytes: int | None
 ) -> tuple[dict[str, Slot], dict[str, bytes], dict[str, int]]:
-    """Fill files in the model's order up to `shard_bytes`; inside a file wide dtypes come first, so all are aligned."""
+    """Fill files in the model's order up to `shard_bytes` (None: one file); inside a file wide dtypes come first, so
+    all are aligned."""
     groups: list[list[str]] = [[]]
     filled = 0
     for name in shapes:
         size = _bytes(shapes[name], dtypes[name])
-        if groups[-1] and filled + size > shard_bytes:
+        if groups[-1] and shard_bytes is not None and filled + size > shard_bytes:
             groups.append([])
             filled = 0
         groups[-1].append(name)
@@ -179,7 +215,7 @@ class TensorWriter:
     def put(self, spec: ParameterSpec, full: Tensor) -> None:
         """Write the full native tensor of `spec` as the HF tensors it stands for."""
         row = self._plan.rows[spec.role]
-        for name, tensor in zip(row.hf, VERBS[row.verb].unpack(full, self._fields), strict=True):
+        for name, tensor in zip(row.hf, verb_of(row).unpack(full, self._fields), strict=True):
             self._write(name, tensor, spec.expert if row.verb == "stack" else None)
             for copy, original in self._plan.copies.items():
                 if original == name:

@@ -105,6 +105,8 @@ def save(path: Path, run: Run, engine: Engine, shard_bytes: int = SHARD_BYTES) -
             for name, content in companions(run, source).items():
                 (temporary / name).write_bytes(content)
             plan.create(temporary)
+            if plan.unused and source is not None and claims(source.folder):
+                plan.fill_unused(temporary, open_folder(source.folder))
 
     ranks.together(begin, run, only_main=True)
     _write_tensors(temporary, plan, run, engine, final)

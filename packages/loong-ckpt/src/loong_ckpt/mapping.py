@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from loong_ckpt.hf_folder import listed
 from loong_core.errors import CheckpointError
 from loong_core.types import ModelShape, ParameterSpec, Weight
-from loong_core.weights import VERBS, WeightMap
+from loong_core.weights import WeightMap, verb_of
 
 if TYPE_CHECKING:
     from loong_core.safetensors_header import TensorEntry
@@ -65,6 +65,7 @@ def assign(shape: ModelShape, rows: Sequence[Weight], tensors: Mapping[str, Tens
     unused = [name for name in tensors if name not in users]
     result.dropped = [name for name in unused if weights.is_dropped(name)]
     result.copies = _copies(shape, weights, [name for name in unused if name not in set(result.dropped)], result)
+    result.copies |= _twins(shape, weights, set(unused), result)
     unknown = [name for name in unused if name not in result.copies and not weights.is_dropped(name)]
     if unknown:
         problems.append(
@@ -97,7 +98,7 @@ def hf_shapes(spec: ParameterSpec, row: Weight, shape: ModelShape) -> list[tuple
 
     if row.verb in ("copy", "stack"):
         return [spec.shape]
-    parts = VERBS[row.verb].unpack(torch.empty(spec.shape, device="meta"), shape.fields)
+    parts = verb_of(row).unpack(torch.empty(spec.shape, device="meta"), shape.fields)
     return [tuple(part.shape) for part in parts]
 
 
@@ -127,3 +128,14 @@ def _copies(shape: ModelShape, weights: WeightMap, unused: Sequence[str], result
         return {}
     heads = {name for row in weights.candidates(ParameterSpec(role="head", shape=())) for name in row.hf}
     return {name: result.rows["embed"].hf[0] for name in unused if name in heads}
+
+
+def _twins(shape: ModelShape, weights: WeightMap, unused: set[str], result: Assignment) -> dict[str, str]:
+    """Tensors stored a second time under the names that `twin` rows tell."""
+    return {
+        name: result.rows[spec.role].hf[0]
+        for spec in shape.parameters
+        if spec.role in result.rows
+        for name in weights.twins(spec)
+        if name in unused
+    }

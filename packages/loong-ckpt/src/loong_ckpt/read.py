@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from loong_ckpt.hf_folder import HFFolder
 from loong_core.errors import CheckpointError
 from loong_core.types import ParameterSpec, Weight
-from loong_core.weights import VERBS, padded_extent, shard
+from loong_core.weights import padded_extent, shard, verb_of
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +36,7 @@ class Reader:
     def part(self, spec: ParameterSpec, row: Weight, rank: int, size: int, dtype: torch.dtype) -> Tensor:
         """Part `rank` of `size` of the native tensor of `spec`, equal to `shard(pack(all HF tensors), ...)`."""
         fields = dict(self._fields)
-        pack = VERBS[row.verb].pack
+        pack = verb_of(row).pack
         cut = size > 1 and spec.axis is not None
         if not cut:
             return pack([self._slices(spec, row, name, dtype) for name in row.hf], fields)

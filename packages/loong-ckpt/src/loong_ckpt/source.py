@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loong_ckpt.hf_folder import CONFIG, STATE, open_folder, read_json
+from loong_ckpt.manifest import MANIFEST
+from loong_ckpt.native_folder import RECIPE
+from loong_core.registry import resolve
 
 if TYPE_CHECKING:
     from loong_core.train.run import Run
@@ -63,7 +66,19 @@ def companions(run: Run, source: Source | None) -> dict[str, bytes]:
     if place is not None:
         files |= {name: (place / name).read_bytes() for name in TOKENIZER_FILES if (place / name).is_file()}
     files[CONFIG] = _config(run, source, tokenizer)
-    return files
+    if run.family.sidecars is None:
+        return files
+    found: dict[str, bytes] = resolve(run.family.sidecars)(run, {**_saved_beside(source), **files})
+    assert all(Path(name).name == name for name in found), f"{run.family.name}: sidecars are files of one folder"
+    return found
+
+
+def _saved_beside(source: Source | None) -> dict[str, bytes]:
+    """What a native checkpoint keeps for its export: everything but what it needs itself."""
+    if source is None or not (source.folder / STATE).is_file():
+        return {}
+    own = {STATE, LAYOUT, RECIPE, MANIFEST}
+    return {path.name: path.read_bytes() for path in source.folder.iterdir() if path.is_file() and path.name not in own}
 
 
 def _tokenizer_folder(run: Run) -> Path | None:

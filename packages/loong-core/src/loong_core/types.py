@@ -20,13 +20,15 @@ Ref = str
 class Weight:
     """One row of a Hugging Face mapping: a native role, the HF tensors it is made of, and the verb between them.
 
-    `*` in a name stands for the layer index, `#` for the expert index. Rows are written with the functions of
-    `loong_core.weights` (`copy`, `qkv`, `gate_up`, ...), never by hand.
+    `*` in a name stands for the layer index, `#` for the expert index. `extents` are names of the shape's fields that
+    the verb needs, or numbers. Rows are written with the functions of `loong_core.weights` (`copy`, `qkv`, `gate_up`,
+    ...), never by hand.
     """
 
     role: str
     hf: tuple[str, ...]
     verb: str = "copy"
+    extents: tuple[str | int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +41,7 @@ class ModelFamily:
     `presets` are folders-free model sizes: recorded facts of public `config.json` files. `planner` is what
     `parallel.planner: auto` takes for the family (None: what the plugins choose). `sidecars(run, files) -> files` has
     the last word on the files of an exported folder that are not weights: name -> content, config.json among them.
+    `single_file`: its public loaders read one model.safetensors and no index, whatever its size.
     """
 
     name: str
@@ -52,6 +55,7 @@ class ModelFamily:
     presets: Ref | None = None
     planner: str | None = None
     sidecars: Ref | None = None
+    single_file: bool = False
     summary: str = ""
 
 
@@ -101,8 +105,7 @@ class ModelShape:
     token passes (no embedding lookup); `attention_width` is the sum over layers of heads x head size. Activation
     elements are per token and layer: `sharded` ones are divided by tensor parallelism, `replicated` ones only with
     sequence parallelism. `experts_per_token` are those chosen in a layer with experts. `vocabulary` is 0 for models
-    without one. `frozen` are patterns of roles that the model's own configuration does not train: they join
-    `model.freeze` of the resolved recipe.
+    without one.
     """
 
     family: str
@@ -118,7 +121,6 @@ class ModelShape:
     activation_sharded: float = 0.0
     activation_replicated: float = 0.0
     experts_per_token: int = 0
-    frozen: tuple[str, ...] = ()
 
     def train_flops(self, tokens: float, context: float) -> float:
         """FLOPs of forward and backward over `tokens` tokens in causal samples of `context` tokens.

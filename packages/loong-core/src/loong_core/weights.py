@@ -40,9 +40,43 @@ def stack(role: str, hf: str) -> Weight:
     return Weight(role=role, hf=(hf,), verb="stack")
 
 
+def concat(role: str, hf: Sequence[str], *extents: str | int) -> Weight:
+    """The HF tensors one after the other along their first axis, with `extents` rows each; without extents all have
+    equally many."""
+    return Weight(role=role, hf=tuple(hf), verb="concat", extents=extents)
+
+
+def flatten(role: str, hf: str, *extents: str | int) -> Weight:
+    """A convolution over patches as the matrix it is: [out, ...] -> [out, product]. `extents` are those of `...`."""
+    return Weight(role=role, hf=(hf,), verb="flatten", extents=extents)
+
+
+def twin(role: str, hf: str) -> Weight:
+    """A second name under which checkpoints may store the same tensor (a tied head), besides the first or instead of
+    it. Both have to be equal byte by byte, and both are written where the source had both."""
+    return Weight(role=role, hf=(hf,), verb="twin")
+
+
 def drop(hf: str) -> Weight:
     """A tensor of the checkpoint that loong derives itself (rope frequencies); read past, never written."""
     return Weight(role="", hf=(hf,), verb="drop")
+
+
+def unused(hf: str, *extents: str | int) -> Weight:
+    """A tensor of shape `extents` that no computation uses, but that public loaders insist on: read past, and written
+    as the source had it, or as zeros."""
+    return Weight(role="", hf=(hf,), verb="unused", extents=extents)
+
+
+def prefixed(rows: Sequence[Weight], *prefixes: str) -> tuple[Weight, ...]:
+    """The rows, and once more for checkpoints whose names all begin with one of `prefixes`. Names without a prefix
+    come first: they are what an export of random weights has."""
+    found = [row for row in rows if row.verb != "unused"]
+    for prefix in prefixes:
+        named = (replace(row, hf=tuple(prefix + name for name in row.hf)) for row in rows if row.verb != "unused")
+        found += named
+    idle = [row for row in rows if row.verb == "unused"]
+    return (*found, *(replace(row, hf=(*row.hf, *(p + name for p in prefixes for name in row.hf))) for row in idle))
 
 
 # ----------------------------------------------------------------------------------------------- verbs
@@ -83,6 +117,29 @@ VERBS: dict[str, Verb] = {
 }
 
 
+def verb_of(row: Weight) -> Verb:
+    """The pair of functions behind a row that makes a parameter."""
+    if row.verb == "concat":
+        return Verb(_pack_gate_up, lambda full, fields: list(full.split(_parts(row, full, fields))))
+    if row.verb == "flatten":
+        shape = row.extents
+        return Verb(
+            lambda parts, fields: parts[0].flatten(1),
+            lambda full, fields: [full.reshape(full.shape[0], *extents(shape, fields))],
+        )
+    return VERBS[row.verb]
+
+
+def extents(named: Sequence[str | int], fields: Fields) -> list[int]:
+    """Numbers behind the `extents` of a row."""
+    return [item if isinstance(item, int) else int(fields[item]) for item in named]
+
+
+def _parts(row: Weight, full: Tensor, fields: Fields) -> list[int]:
+    """Rows of each part of a `concat`."""
+    return extents(row.extents, fields) or [full.shape[0] // len(row.hf)] * len(row.hf)
+
+
 # ------------------------------------------------------------------------------------------- matching rows
 def _pattern(name: str) -> re.Pattern[str]:
     expression = re.escape(name).replace(r"\*", r"(?P<layer>\d+)", 1).replace(r"\#", r"(?P<expert>\d+)", 1)
@@ -100,23 +157,31 @@ class WeightMap:
     """A family's rows, ready to answer which HF tensors a native parameter is made of, and the reverse."""
 
     def __init__(self, rows: Sequence[Weight]) -> None:
-        self._rows = [(_pattern(row.role), row) for row in rows if row.verb != "drop"]
-        self._dropped = [_pattern(row.hf[0]) for row in rows if row.verb == "drop"]
+        self._rows = [(_pattern(row.role), row) for row in rows if row.verb not in ("drop", "unused", "twin")]
+        self._twins = [(_pattern(row.role), row) for row in rows if row.verb == "twin"]
+        self._passed = [_pattern(name) for row in rows if row.verb in ("drop", "unused") for name in row.hf]
+        self.unused = [row for row in rows if row.verb == "unused"]
         self._cache: dict[str, list[Weight]] = {}
 
     def candidates(self, spec: ParameterSpec) -> list[Weight]:
         """Rows that can make `spec`, wildcards filled in; several when checkpoints of a family differ in layout."""
         if spec.role not in self._cache:
-            self._cache[spec.role] = [
-                replace(row, role=spec.role, hf=tuple(fill(name, spec.layer, spec.expert) for name in row.hf))
-                for pattern, row in self._rows
-                if pattern.fullmatch(spec.role)
-            ]
+            found = [_filled(row, spec) for pattern, row in self._rows if pattern.fullmatch(spec.role)]
+            found += [replace(found[0], hf=(name,), verb="copy") for name in self.twins(spec) if found]
+            self._cache[spec.role] = found
         return self._cache[spec.role]
+
+    def twins(self, spec: ParameterSpec) -> list[str]:
+        """Further names under which checkpoints may store the tensor of `spec` once more."""
+        return [name for pattern, row in self._twins if pattern.fullmatch(spec.role) for name in _filled(row, spec).hf]
 
     def is_dropped(self, hf_name: str) -> bool:
         """Whether the family reads past this tensor on purpose."""
-        return any(pattern.fullmatch(hf_name) for pattern in self._dropped)
+        return any(pattern.fullmatch(hf_name) for pattern in self._passed)
+
+
+def _filled(row: Weight, spec: ParameterSpec) -> Weight:
+    return replace(row, role=spec.role, hf=tuple(fill(name, spec.layer, spec.expert) for name in row.hf))
 
 
 # --------------------------------------------------------------------------------------- tensor parallelism

@@ -15,7 +15,7 @@ from loong_core.registry import Registry, resolve
 from loong_core.testing import tiny
 from loong_core.testing.contract import Contract
 from loong_core.testing.ranks import run_ranks
-from loong_core.weights import VERBS, WeightMap, shard, unshard
+from loong_core.weights import WeightMap, shard, unshard, verb_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -269,7 +269,7 @@ def _packed(family: ModelFamily, shape: ModelShape, spec: Any, tensors: Mapping[
     """(the row that makes a parameter, the parameter in full)."""
     row = next(row for row in WeightMap(family.weights).candidates(spec) if all(name in tensors for name in row.hf))
     parts = [tensors[name][spec.expert] if row.verb == "stack" else tensors[name] for name in row.hf]
-    return row, VERBS[row.verb].pack(parts, shape.fields)
+    return row, verb_of(row).pack(parts, shape.fields)
 
 
 def _packing_problems(family: ModelFamily, shape: ModelShape, tensors: Mapping[str, Tensor]) -> list[str]:
@@ -288,7 +288,7 @@ def _packing_problems(family: ModelFamily, shape: ModelShape, tensors: Mapping[s
             extent = spec.shape[spec.axis] if spec.padded and spec.axis is not None else None
             if not torch.equal(unshard(shards, spec.axis, spec.blocks, extent), full):
                 problems.append(f"{spec.role}: cut for {size} ranks and put together again, it differs")
-        for name, part in zip(row.hf, VERBS[row.verb].unpack(full, shape.fields), strict=True):
+        for name, part in zip(row.hf, verb_of(row).unpack(full, shape.fields), strict=True):
             original = tensors[name][spec.expert] if row.verb == "stack" else tensors[name]
             if not torch.equal(part, original):
                 problems.append(f"{spec.role}: unpacked, {name} differs")
