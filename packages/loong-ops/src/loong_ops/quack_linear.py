@@ -56,7 +56,7 @@ class _Linear(torch.autograd.Function):
         out = rows.new_empty(len(rows), len(weight))
         if len(rows):
             options = {} if bias is None else {"rowvec_bias": rows_of(bias)}
-            tile = tiles.get("forward") or tile_for(*out.shape, rows.shape[1])
+            tile = tiles.get("forward") or tile_for(len(out), out.shape[1], rows.shape[1])
             product(rows, rows_of(weight), out, tile, **options)
         return out.view(*x.shape[:-1], len(weight))
 
@@ -70,7 +70,7 @@ class _Linear(torch.autograd.Function):
         if needs_x:
             d_x = d_out.new_empty(len(d_out), weight.shape[1])
             if len(d_out):
-                tile = ctx.tiles.get("inputs") or tile_for(*d_x.shape, len(weight))
+                tile = ctx.tiles.get("inputs") or tile_for(len(d_x), d_x.shape[1], len(weight))
                 product(d_out, rows_of(weight).t(), d_x, tile)
             d_x = d_x.view(x.shape)
         if needs_weight:

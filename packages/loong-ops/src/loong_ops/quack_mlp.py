@@ -56,7 +56,7 @@ class _GatedMlp(torch.autograd.Function):
         gate_up: Tensor | None = rows.new_empty(0, len(up))
         if len(rows):
             gate_up, act = _gated(rows, rows_of(up), keep, tiles["up"])
-            product(act, rows_of(down), out, tiles.get("down") or tile_for(*out.shape, act.shape[1]))
+            product(act, rows_of(down), out, tiles.get("down") or tile_for(len(out), out.shape[1], act.shape[1]))
         if keep:
             ctx.save_for_backward(x, up, down, gate_up)
         return out.view(*x.shape[:-1], len(down))
@@ -113,7 +113,7 @@ def _d_inputs(d_gate_up: Tensor, up: Tensor, tile: Tile | None) -> Tensor:
     """d_gate_up [t,2f] with alternating columns @ up [2f,n]."""
     out = d_gate_up.new_empty(len(d_gate_up), up.shape[1])
     if len(out):
-        tile = tile or tile_for(*out.shape, len(up))
+        tile = tile or tile_for(len(out), out.shape[1], len(up))
         # Only stacks of matrices may alternate.
         product(d_gate_up[None], up.t()[None], out[None], tile, concat_layout=("B",))
     return out
@@ -123,7 +123,7 @@ def _outer(left: Tensor, right: Tensor, tile: Tile | None, alternating: bool, ou
     """out [a,b] (+)= left [t,a]^T @ right [t,b]; `alternating`: the columns of `right` do, and out is [b,a]."""
     out = out.t() if alternating else out
     if len(left):
-        tile = tile or tile_for(*out.shape, len(left))
+        tile = tile or tile_for(len(out), out.shape[1], len(left))
         concat = ("out",) if alternating else None
         product(left.t()[None], right.t()[None], out[None], tile, add_to_output=add, concat_layout=concat)
     elif not add:
