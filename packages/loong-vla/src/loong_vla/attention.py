@@ -1,0 +1,53 @@
+"""Attention without masks over sequences of different lengths that lie one after the other in a tensor.
+
+Shape legend: q query rows, k key rows, of all sequences; s sequences; h query heads, g key-value heads, d head size.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor
+
+FLASH_DTYPES = (torch.bfloat16, torch.float16)
+
+
+def ragged_attention(
+    query: Tensor, key: Tensor, value: Tensor, query_offsets: Tensor, key_offsets: Tensor, longest: tuple[int, int]
+) -> Tensor:
+    """Every row of a sequence sees every row of it: query [q,h,d], key and value [k,g,d] -> [q,h*d].
+
+    Sequence i holds query rows `query_offsets[i]` to `query_offsets[i+1]` and key rows likewise (int32 [s+1]). Rows
+    past the last offset belong to nobody: as queries their output is not defined, as keys they are unused. Head i reads
+    key-value head i // (h/g). `longest` are bounds on the lengths, of queries and of keys. Scores are scaled by
+    d^-0.5, the softmax is float32.
+
+    On CUDA in 16 bits this is one flash-attention call that never asks the device for a length. Elsewhere sequences are
+    computed one after the other, which on CUDA in float32 waits for the offsets.
+    """
+    if query.is_cuda and query.dtype in FLASH_DTYPES:
+        from torch.nn.attention.varlen import varlen_attn
+
+        out = varlen_attn(query, key, value, query_offsets, key_offsets, *longest)
+        assert isinstance(out, Tensor)
+        return out.flatten(1)
+    parts = []
+    ends = zip(query_offsets.tolist(), key_offsets.tolist(), strict=True)
+    begin = next(ends)
+    for end in ends:
+        if end[0] > begin[0]:
+            rows, keys = slice(begin[0], end[0]), slice(begin[1], end[1])
+            parts.append(_sequence(query[rows], key[keys], value[keys]))
+        begin = end
+    if begin[0] < query.shape[0]:
+        parts.append(query[begin[0] :].flatten(1) * 0.0)
+    return torch.cat(parts)
+
+
+def _sequence(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """One sequence. Without a mask the heads of a group are just more rows of queries: nothing is repeated."""
+    rows, heads, size = query.shape
+    groups = key.shape[1]
+    folded = query.reshape(rows, groups, heads // groups, size).permute(1, 0, 2, 3).reshape(groups, -1, size)
+    out = functional.scaled_dot_product_attention(folded[None], *(x.transpose(0, 1)[None] for x in (key, value)))[0]
+    return out.reshape(groups, rows, heads // groups, size).permute(1, 0, 2, 3).reshape(rows, heads * size)

@@ -1,0 +1,163 @@
+"""Pi0.5 against LeRobot's: the same prediction, loss, gradients and samples, and checkpoints that go both ways."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from loong_core.ops import OPS as ROWS
+from loong_core.ops import Ops, bind
+from loong_core.precision import POLICIES
+from loong_core.registry import resolve
+from loong_core.types import ModelShape, OpRequest
+from loong_core.weights import WeightMap, verb_of
+from loong_vla.models.pi05 import PI05
+from loong_vla.pi05 import Pi05, build
+
+PEER = os.environ.get("LOONG_LEROBOT_PYTHON")
+SCRIPT = Path(__file__).parent / "parity" / "pi05_peer.py"
+SIZES: dict[str, int] = {
+    **{"layers": 3, "hidden": 40, "ffn": 56, "heads": 8, "kv_heads": 1, "head_dim": 12, "vocabulary": 61},
+    **{"expert_hidden": 24, "expert_ffn": 36, "image_size": 42, "patch": 14},
+    **{"vision_hidden": 32, "vision_ffn": 44, "vision_layers": 2, "vision_heads": 4},
+}
+CASES: dict[str, dict[str, Any]] = {
+    "padded": {
+        **{"seed": 1, "cameras": 3, "horizon": 5, "action_size": 7, "real_actions": 4, "prompt_length": 9, "steps": 10},
+        **{"camera_mask": [[1, 1, 0], [0, 1, 0], [1, 1, 1]], "prompts": [4, 1, 9]},
+        "sizes": SIZES,
+    },
+    "full": {
+        **{"seed": 2, "cameras": 1, "horizon": 7, "action_size": 5, "real_actions": 5, "prompt_length": 6, "steps": 3},
+        **{"camera_mask": [[1], [1]], "prompts": [6, 6]},
+        "sizes": {**SIZES, "kv_heads": 2, "layers": 2, "image_size": 28},
+    },
+}
+TOLERANCE = 1e-4
+
+
+class Computed(NamedTuple):
+    """A case as LeRobot computed it."""
+
+    case: dict[str, Any]
+    folder: Path
+    batch: dict[str, Tensor]
+    results: dict[str, Tensor]
+
+
+@pytest.fixture(scope="module", params=CASES)
+def peer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Computed:
+    case = CASES[request.param]
+    folder = tmp_path_factory.mktemp(request.param)
+    (folder / "case.json").write_text(json.dumps(case))
+    ask_peer("compute", folder)
+    batch, results = (load_file(folder / f"{name}.safetensors") for name in ("batch", "results"))
+    return Computed(case, folder, batch, results)
+
+
+def ask_peer(*words: str | Path) -> None:
+    if PEER is None:
+        pytest.skip("LOONG_LEROBOT_PYTHON names no interpreter that has lerobot (nox session `parity` makes one)")
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
+    done = subprocess.run([PEER, SCRIPT, *words], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def config_of(computed: Computed, **more: Any) -> dict[str, Any]:
+    written = json.loads((computed.folder / "checkpoint" / "config.json").read_text())
+    return {**written, "sizes": computed.case["sizes"], **more}
+
+
+def ops() -> Ops:
+    return bind(ROWS, OpRequest("cpu", "float32", {}, {}), {})
+
+
+def build_model(shape: ModelShape) -> Pi05:
+    context = SimpleNamespace(ops=ops(), precision=POLICIES[0], device="cpu")
+    return build(shape, context)[0]  # type: ignore[arg-type]
+
+
+def load_rows(model: Pi05, tensors: dict[str, Tensor]) -> set[str]:
+    """Fill the model by the family's rows; returns the names of tensors used."""
+    weights, used = WeightMap(PI05.weights), set()
+    for parameter in model.local_parameters():
+        row = next(row for row in weights.candidates(parameter.spec) if all(name in tensors for name in row.hf))
+        parameter.assign(verb_of(row).pack([tensors[name] for name in row.hf], model.shape.fields))
+        used.update(row.hf)
+    return used
+
+
+def loaded(computed: Computed, **more: Any) -> Pi05:
+    model = build_model(resolve(PI05.describe)(PI05, config_of(computed, **more)))
+    load_rows(model, load_file(computed.folder / "checkpoint" / "model.safetensors"))
+    return model
+
+
+def loss_of(model: Pi05, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    prediction = model(batch)
+    error = (prediction - model.target(batch)).square()
+    return prediction, (error * batch["action_mask"]).sum() / batch["action_mask"].sum()
+
+
+@pytest.mark.parametrize("skip_padding", [True, False])
+def test_prediction_loss_and_every_gradient(peer: Computed, skip_padding: bool) -> None:
+    model = loaded(peer, skip_padding=skip_padding)
+    prediction, loss = loss_of(model, peer.batch)
+    torch.testing.assert_close(prediction, peer.results["prediction"], rtol=TOLERANCE, atol=TOLERANCE)
+    torch.testing.assert_close(loss, peer.results["loss"], rtol=TOLERANCE, atol=0.0)
+    loss.backward()
+    theirs = {name.partition("/")[2]: grad for name, grad in peer.results.items() if name.startswith("gradient/")}
+    weights = WeightMap(PI05.weights)
+    for parameter in model.local_parameters():
+        row = next(row for row in weights.candidates(parameter.spec) if all(name in theirs for name in row.hf))
+        assert parameter.tensor.grad is not None, parameter.spec.role
+        parts = verb_of(row).unpack(parameter.tensor.grad, model.shape.fields)
+        for name, ours in zip(row.hf, parts, strict=True):
+            grad = theirs.pop(name)
+            # The biases of keys in the vision tower cancel in the softmax: what is left there is rounding.
+            scale = grad.norm() if not name.endswith("k_proj.bias") else torch.tensor(0.01)
+            assert scale > 0, name
+            assert (ours - grad).norm() <= TOLERANCE * scale, (name, float((ours - grad).norm() / scale))
+    assert all(float(grad.abs().max()) == 0.0 for grad in theirs.values()), sorted(theirs)
+    assert all(weights.is_dropped(name) for name in theirs)
+
+
+@pytest.mark.parametrize("skip_padding", [True, False])
+def test_samples(peer: Computed, skip_padding: bool) -> None:
+    model = loaded(peer, skip_padding=skip_padding)
+    sampled = model.sample(peer.batch, peer.case["steps"])
+    torch.testing.assert_close(sampled, peer.results["sampled"], rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def test_every_tensor_is_used_or_known_to_be_unused(peer: Computed) -> None:
+    tensors = load_file(peer.folder / "checkpoint" / "model.safetensors")
+    model = build_model(resolve(PI05.describe)(PI05, config_of(peer)))
+    used, weights = load_rows(model, tensors), WeightMap(PI05.weights)
+    assert not [name for name in tensors if name not in used and not weights.is_dropped(name)]
+
+
+def test_openpi_layout(peer: Computed) -> None:
+    """Names without LeRobot's prefix, the embedding stored as the head, older names of the time layers."""
+    tensors = load_file(peer.folder / "checkpoint" / "model.safetensors")
+    converted = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    embedding = converted.pop("paligemma_with_expert.paligemma.model.language_model.embed_tokens.weight")
+    converted["paligemma_with_expert.paligemma.lm_head.weight"] = embedding
+    for end in ("weight", "bias"):
+        converted[f"action_time_mlp_in.{end}"] = converted.pop(f"time_mlp_in.{end}")
+        converted[f"action_time_mlp_out.{end}"] = converted.pop(f"time_mlp_out.{end}")
+    facts = {"paligemma_variant": "gemma_2b", "action_expert_variant": "gemma_300m", "precision": "float32"}
+    facts |= {"action_dim": peer.case["action_size"], "action_horizon": peer.case["horizon"]}
+    model = build_model(resolve(PI05.describe)(PI05, {**facts, "sizes": peer.case["sizes"]}))
+    load_rows(model, converted)
+    with torch.no_grad():
+        prediction = model(peer.batch)
+    torch.testing.assert_close(prediction, peer.results["prediction"], rtol=TOLERANCE, atol=TOLERANCE)
