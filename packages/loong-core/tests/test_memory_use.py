@@ -16,10 +16,19 @@ def test_resident_size_grows_with_what_is_touched() -> None:
 
 def _fullest(rank: int) -> list[int]:
     block = torch.ones((1 + 127 * rank) * 2**20, dtype=torch.uint8)
-    return [used("cpu"), fullest_rank("cpu"), int(block[0])]
+    return [used("cpu"), fullest_rank("cpu")[0], int(block[0])]
 
 
 def test_every_rank_reports_the_fullest() -> None:
     first, second = run_ranks(2, _fullest, init=True)
     assert second[0] - first[0] > 64 * 2**20
     assert first[1] == second[1] >= second[0] - 8 * 2**20
+
+
+def _stopping(rank: int) -> list[bool]:
+    return [fullest_rank("cpu", stop=rank == 1)[1], fullest_rank("cpu")[1]]
+
+
+def test_one_rank_stops_all() -> None:
+    assert run_ranks(2, _stopping, init=True) == [[True, False], [True, False]]
+    assert fullest_rank("cpu", stop=True)[1]

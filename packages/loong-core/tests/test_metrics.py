@@ -15,7 +15,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loong_core.data.stream import Content
 from loong_core.errors import RunError, Unsupported
 from loong_core.startup import FIRST_STEP, Startup
 from loong_core.testing.shapes import decoder_shape
@@ -54,7 +53,14 @@ def test_values() -> None:
     counted = {"flops": 1.0, "recomputed": 0.0, "world": 1, "peak_flops": 0.0}
     unknown = metrics.row(measured(), step=1, samples=1, memory_bytes=0, **counted)
     assert unknown["mfu"] is None and unknown["hfu"] is None
-    assert row(step_seconds=0.0)["tokens_per_second"] == 0.0
+    assert row(step_seconds=0.0)["tokens_per_second"] == row(step_seconds=0.0)["samples_per_second"] == 0.0
+    assert found["samples_per_second"] == 16.0
+
+
+def test_unknown_work_is_null() -> None:
+    counted: dict[str, Any] = {"flops": None, "recomputed": 0.0, "world": 2, "peak_flops": 1e13}
+    found = metrics.row(measured(), step=1, samples=1, memory_bytes=0, **counted)
+    assert found["tflops_per_device"] is None and found["mfu"] is None and found["hfu"] is None
 
 
 @given(st.floats())
@@ -166,15 +172,29 @@ def run(folder: Path, sinks: list[str], main: bool = True) -> SimpleNamespace:
         device="cpu",
         plan=plan,
         shape=decoder_shape(),
+        task=SimpleNamespace(counts="tokens"),
         world=1,
         cluster=Cluster(peak_flops=1e12),
     )
 
 
 class Data:
-    def content(self, step: int) -> Content:
-        """Samples of 40 and of 60 tokens."""
-        return Content(10 + step, 100, 40**2 + 60**2)
+    """Samples of 40 and of 60 tokens."""
+
+    context = (40**2 + 60**2) / 100
+    reason: str | None = None
+
+    def samples(self, step: int) -> int:
+        return 10 + step
+
+    def flops(self, step: int) -> float | None:
+        return decoder_shape().train_flops(100, self.context)
+
+    def recomputed(self, step: int) -> float:
+        return decoder_shape().recomputed_flops(100, self.context, "full")
+
+    def problem(self) -> str | None:
+        return self.reason
 
 
 def test_reporter_writes_rank_zeros_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -182,7 +202,7 @@ def test_reporter_writes_rank_zeros_rows(tmp_path: Path, capsys: pytest.CaptureF
     reporter = metrics.Reporter(going)  # type: ignore[arg-type]
     for step in (1, 2):
         going.step = step
-        reporter.step(going, measured(), Data())  # type: ignore[arg-type]
+        assert not reporter.step(going, measured(), Data())  # type: ignore[arg-type]
     reporter.close()
     reporter.close()
     rows = metrics.read(tmp_path / "metrics.jsonl")
@@ -233,6 +253,17 @@ def test_other_ranks_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture
     reporter.step(going, measured(), Data())  # type: ignore[arg-type]
     reporter.close()
     assert list(tmp_path.iterdir()) == [] and capsys.readouterr().out == ""
+
+
+def test_a_problem_of_the_data_is_told(tmp_path: Path) -> None:
+    data = Data()
+    data.reason = "3 frames do not decode."
+    for main in (True, False):
+        going = run(tmp_path, ["jsonl"], main=main)
+        reporter = metrics.Reporter(going)  # type: ignore[arg-type]
+        going.step = 1
+        assert reporter.step(going, measured(), data)  # type: ignore[arg-type]
+        reporter.close()
 
 
 def test_tensorboard_scalars(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

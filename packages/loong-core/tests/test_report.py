@@ -135,7 +135,7 @@ def test_names_in_the_charts_data_cannot_end_the_script(tmp_path: Path, monkeypa
     from loong_core.train.plot import Chart, Series
 
     chart = Chart(title="T", series=(Series(name="</script>", x=[1, 2], y=[1.0, 2.0]),))
-    monkeypatch.setattr(report, "charts", lambda rows: [chart])
+    monkeypatch.setattr(report, "charts", lambda rows, counts: [chart])
     page = fill(tmp_path, rows(2))
     assert hover(page)[0]["series"][0]["name"] == "</script>" and checked(page).tags.count("script") == 2
 
@@ -199,3 +199,32 @@ def test_smoothing_is_centred() -> None:
     with_gap: list[float | None] = [1.0] * 60
     with_gap[30] = None
     assert report._smooth(with_gap) == with_gap
+
+
+def test_models_without_tokens_are_told_in_samples(tmp_path: Path) -> None:
+    page = fill(
+        tmp_path,
+        rows(3),
+        recipe_yaml="data: {global_batch: 4, seq_len: 2048}\n",
+        manifest_json=json.dumps({"counts": "elements of action chunks"}),
+    )
+    text = "\n".join(checked(page).texts)
+    for part in ("4 samples per step", "median samples/s", "samples in all"):
+        assert part in text, part
+    assert "tokens/s" not in text and "tokens in all" not in text
+    assert [chart["series"][0]["name"] for chart in hover(page)][1] == "samples/s"
+
+
+def test_figures_of_a_run_are_drawn_and_others_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "figures").mkdir()
+    line = {"name": EVIL, "x": [0, 1, 2], "y": [0.5, None, 1.5]}
+    good = {"title": EVIL, "note": "raw units", "series": [line, {**line, "name": "recorded"}]}
+    for name, content in {"a": good, "b": {"series": [{"name": "x"}]}, "c": {"series": [{**line, "x": [1]}]}}.items():
+        (tmp_path / "figures" / f"{name}.json").write_text(json.dumps(content))
+    (tmp_path / "figures" / "d.json").write_text("{")
+    page = fill(tmp_path, rows(2))
+    charts = hover(page)
+    assert len(charts) == 7 and [series["name"] for series in charts[6]["series"]] == [EVIL, "recorded"]
+    checker = checked(page)
+    assert "Evaluation" in checker.texts and EVIL in "".join(checker.texts) and checker.tags.count("script") == 2
+    assert 'data-chart="6"' in page and 'data-chart="7"' not in page

@@ -43,6 +43,11 @@ def test_a_line_holds_everything() -> None:
     assert line.count("\n") == 1 and "\x1b" not in line
 
 
+def test_what_is_no_text_is_told_in_samples() -> None:
+    told = dict(figures(row(1, samples_per_second=13.64), None, "elements of action chunks"))
+    assert told["samples/s"] == "13.6" and "tokens/s" not in told
+
+
 def test_every_thins_out_but_keeps_first_last_and_evaluations() -> None:
     watching, text = piped(every=4, done=1)
     for step in range(2, 11):

@@ -10,6 +10,7 @@ from typing import Any
 
 from loong_ckpt import hf_folder, manifest, native_folder
 from loong_core.errors import CheckpointError
+from loong_core.registry import architecture_of
 from loong_core.safetensors_header import BITS, TensorEntry
 
 
@@ -93,7 +94,7 @@ def describe(path: Path) -> dict[str, Any]:
     return {
         "kind": "hf",
         "path": str(path),
-        "architecture": (config.get("architectures") or [None])[0],
+        "architecture": architecture_of(config),
         "parameters": sum(sizes.values()),
         "parameters_by_dtype": dict(dtypes),
         "size": sum(entry.end - entry.begin for entry in folder.tensors.values()),

@@ -156,22 +156,21 @@ class Registry:
         return tuple(self.table("ops").values())
 
     def family_for(self, config: Mapping[str, Any]) -> ModelFamily:
-        """The family that claims `config["architectures"][0]` of a Hugging Face config.json.
+        """The family that claims the architecture of a config.json (see `architecture_of`).
 
-        Raises Unsupported when the key is absent or nobody claims it, naming what the installed families claim.
+        Raises Unsupported when it names none or nobody claims it, naming what the installed families claim.
         """
-        architectures = config.get("architectures")
+        name = architecture_of(config)
         families = self.table("model_families")
         claimed = {name: family for family in families.values() for name in family.hf_architectures}
-        if not isinstance(architectures, Sequence) or isinstance(architectures, str) or not architectures:
+        if name is None:
             raise Unsupported(
                 "config.json names no architecture (key `architectures`), so the family cannot be known. "
                 f"Set model.family; installed: {', '.join(sorted(families)) or 'none'}."
             )
-        matches = [family for family in families.values() if architectures[0] in family.hf_architectures]
+        matches = [family for family in families.values() if name in family.hf_architectures]
         if matches:
             return matches[0]
-        name = str(architectures[0])
         broken = self.plugins.failures()
         raise Unsupported(
             f"No installed model family claims the architecture {name!r}.{did_you_mean(name, list(claimed))} "
@@ -305,6 +304,15 @@ def _call(plugins: Plugins, hook: str, failure: type[LoongError], arguments: Map
 
 def _claims(families: Iterable[ModelFamily]) -> str:
     return ", ".join(f"{family.name} ({', '.join(family.hf_architectures)})" for family in families)
+
+
+def architecture_of(config: Mapping[str, Any]) -> str | None:
+    """`architectures[0]` of a Hugging Face config.json, `type` of a LeRobot policy's; None where neither is there."""
+    names = config.get("architectures")
+    if isinstance(names, Sequence) and not isinstance(names, str) and names:
+        return str(names[0])
+    kind = config.get("type")
+    return kind if isinstance(kind, str) else None
 
 
 def open_registry() -> Registry:

@@ -38,6 +38,7 @@ LIBRARIES = (
     "tokenizers",
     "safetensors",
     "numpy",
+    "av",
 )
 
 
@@ -190,6 +191,7 @@ def manifest(prepared: Prepared, registry: Registry) -> dict[str, Any]:
         "ops": {choice.op: {"name": choice.name, "reason": choice.reason} for choice in prepared.ops.values()},
         "choices": list(prepared.notes),
         "git": git_revision(Path.cwd()),
+        "counts": prepared.task.counts,
         "seeds": {"run": prepared.recipe.run.seed},
     }
 

@@ -6,7 +6,7 @@ that parent and workers see the same facts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
@@ -22,7 +22,6 @@ from loong_core.registry import Registry, resolve
 from loong_core.types import (
     Backend,
     Cluster,
-    DataSource,
     ModelFamily,
     ModelShape,
     OpRequest,
@@ -32,6 +31,7 @@ from loong_core.types import (
     Probe,
     Task,
 )
+from loong_core.validate_data import check_fit, check_match, check_source, unused_keys
 from loong_core.validate_model import Model, find_model
 
 Purpose = Literal["train", "plan", "worker"]
@@ -79,9 +79,11 @@ def prepare(loaded: LoadedRecipe, registry: Registry, worker: bool = False, purp
     policy = findings.attempt("precision", lambda: registry.get("precision_policies", recipe.precision))
     if policy is not None and chosen is not None:
         findings.absorb("precision", _capability_problems(policy, chosen.backend))
-    _check_source(recipe, registry, findings, purpose)
+    source = check_source(recipe, registry, findings, purpose)
     model = find_model(recipe, registry, findings, purpose)
     task = _find_task(recipe, model, registry, findings)
+    if source is not None and task is not None:
+        check_match(source, task, findings)
     _check_names(recipe, registry, findings)
     if purpose == "train" and (problem := run_folder.name_problem(recipe.run.name)):
         findings.add("run.name", problem)
@@ -98,26 +100,32 @@ def prepare(loaded: LoadedRecipe, registry: Registry, worker: bool = False, purp
     if task is not None:
         recipe = _with(recipe, task={"name": task.name})
     findings.absorb("", findings.attempt("", lambda: registry.validate(recipe, cluster)) or [])
+    notes = unused_keys(recipe, source) if source is not None else []
+    if source is not None and model is not None and purpose == "train":
+        check_fit(recipe, source, model.shape, findings)
+    recipe, note = _familys_planner(recipe, model)
+    notes += [note] if note else []
     planner = _find_planner(recipe, cluster, registry, findings)
     if purpose == "train":
         findings.absorb("run.name", run_folder.problems(absolute_paths(recipe), model is not None and task is not None))
     if model is None or planner is None:
         findings.raise_all()
     recipe = _with(recipe, parallel={"planner": planner.name})
-    return _plan(recipe, findings, registry, purpose, chosen, cluster, policy, model, task, planner)
+    notes = [chosen.note, *model.notes, *notes]
+    return _plan(recipe, findings, registry, chosen.backend, cluster, policy, model, task, planner, notes)
 
 
 def _plan(
     recipe: Recipe,
     findings: Findings,
     registry: Registry,
-    purpose: Purpose,
-    chosen: _Chosen,
+    backend: Backend,
     cluster: Cluster,
     policy: PrecisionPolicy,
     model: Model,
     task: Task | None,
     planner: ParallelPlanner,
+    notes: Sequence[str],
 ) -> Prepared:
     """The last part of `prepare`: lay out the model, choose ops, resolve."""
     make = findings.attempt("parallel", lambda: resolve(planner.plan, f"planner {planner.name}"))
@@ -125,18 +133,16 @@ def _plan(
     plan = make and findings.attempt("parallel", lambda: make(model.shape, recipe, cluster, policy), doubtful)
     if plan is None:
         findings.raise_all()
-    request = op_request(chosen.backend, policy, plan, model.shape, recipe)
-    capabilities = chosen.backend.capabilities
-    choices = findings.attempt(
-        "ops", lambda: ops.choose(registry.ops(), request, _known(recipe, registry), capabilities)
-    )
+    request = op_request(backend, policy, plan, model.shape, recipe)
+    known = _known(recipe, registry)
+    choices = findings.attempt("ops", lambda: ops.choose(registry.ops(), request, known, backend.capabilities))
     findings.raise_any()
     if task is None or choices is None:
         findings.raise_all()
     return Prepared(
         recipe=resolve_recipe(recipe, plan, cluster, choices),
         cluster=cluster,
-        backend=chosen.backend,
+        backend=backend,
         precision=policy,
         family=model.family,
         config=model.config,
@@ -146,7 +152,7 @@ def _plan(
         plan=plan,
         op_request=request,
         ops=choices,
-        notes=(chosen.note, *model.notes, *plan.reasons),
+        notes=(*notes, *plan.reasons),
     )
 
 
@@ -255,29 +261,6 @@ def _capability_problems(policy: PrecisionPolicy, backend: Backend) -> list[str]
     ]
 
 
-def _check_source(recipe: Recipe, registry: Registry, findings: Findings, purpose: Purpose) -> None:
-    """The data source, its options, and a quick look at the files."""
-    source = findings.attempt("data.source", lambda: cast(DataSource, registry.get("data_sources", recipe.data.source)))
-    if source is None:
-        return
-    owner = f"the data source {source.name!r}"
-    options, wrong = check_options(findings.loaded.document, ("data", "options"), source.options, owner)
-    findings.messages.extend(str(problem) for problem in wrong)
-    if purpose != "train":
-        return
-    paths = {"data.path": recipe.data.path}
-    if recipe.data.eval is not None and recipe.data.eval.path is not None:
-        paths["data.eval.path"] = recipe.data.eval.path
-    check = findings.attempt("data.source", lambda: resolve(source.check, owner))
-    for key, path in paths.items():
-        if check is None or (path is None and findings.suspect("data")):
-            continue
-        with findings.at(key):
-            remedy = f"Set {key} to what the source {source.name} reads, or choose another data.source."
-            texts = [str(text).replace("`data.path`", f"`{key}`").rstrip(". ") for text in check(path, options)]
-            findings.absorb(key, [f"{text}. {remedy}" for text in texts])
-
-
 def _find_task(recipe: Recipe, model: Model | None, registry: Registry, findings: Findings) -> Task | None:
     """The named task, or the family's own; its options are checked."""
     name = recipe.task.name or (model.family.task if model is not None else None)
@@ -289,6 +272,14 @@ def _find_task(recipe: Recipe, model: Model | None, registry: Registry, findings
         _, wrong = check_options(findings.loaded.document, ("task", "options"), task.options, owner)
         findings.messages.extend(str(problem) for problem in wrong)
     return task
+
+
+def _familys_planner(recipe: Recipe, model: Model | None) -> tuple[Recipe, str]:
+    """The recipe with the planner that the model's family asks for, where the recipe leaves it open."""
+    if model is None or model.family.planner is None or recipe.parallel.planner != "auto":
+        return recipe, ""
+    name = model.family.planner
+    return _with(recipe, parallel={"planner": name}), f"parallel.planner: {name} (what {model.family.name} asks for)"
 
 
 def _find_planner(recipe: Recipe, cluster: Cluster, registry: Registry, findings: Findings) -> ParallelPlanner | None:

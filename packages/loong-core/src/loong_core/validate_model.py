@@ -14,7 +14,7 @@ from loong_core.errors import CheckpointError, RecipeError, Unsupported, UserErr
 from loong_core.findings import Findings
 from loong_core.recipe import Recipe, TrainTokenizer
 from loong_core.recipe_load import load_file
-from loong_core.registry import Registry, resolve
+from loong_core.registry import Registry, architecture_of, resolve
 from loong_core.suggest import did_you_mean
 from loong_core.types import ModelFamily, ModelShape
 
@@ -191,7 +191,7 @@ def _config_named(given: str, family: ModelFamily | None, registry: Registry) ->
     matches = [key for key in known if given in (key[1], f"{key[0]}:{key[1]}")]
     if len(matches) == 1:
         config = dict(known[matches[0]])
-        if family is None and not config.get("architectures"):
+        if family is None and architecture_of(config) is None:
             config["architectures"] = list(registry.get("model_families", matches[0][0]).hf_architectures[:1])
         return config
     if matches:
@@ -230,12 +230,11 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def _check_family(family: ModelFamily, config: Mapping[str, Any], registry: Registry, notes: list[str]) -> None:
     """A family named against a config.json that another one claims is a mistake; against an unknown one, a choice."""
-    architectures = config.get("architectures")
-    if not isinstance(architectures, list) or not architectures or architectures[0] in family.hf_architectures:
+    name = architecture_of(config)
+    if name is None or name in family.hf_architectures:
         return
     if not family.hf_architectures:
         return  # it shares another family's architecture (qwen1_5 and qwen2), so naming it is a choice
-    name = str(architectures[0])
     families = registry.table("model_families").values()
     if claiming := [other.name for other in families if name in other.hf_architectures]:
         raise Unsupported(

@@ -43,6 +43,7 @@ def _print(prepared: Prepared) -> None:
     made, cluster, shape, recipe = prepared.plan, prepared.cluster, prepared.shape, prepared.recipe
     sequence = " with sequence parallelism" if made.sp else ""
     memory = f", {output.memory(cluster.memory)} each" if cluster.memory else ", memory unknown"
+    tokens = f"; {recipe.data.seq_len} tokens a row" if prepared.task.counts == "tokens" else ""
     devices = f"{cluster.nodes} x {cluster.devices_per_node} {cluster.backend}"
     output.pairs(
         [
@@ -53,7 +54,7 @@ def _print(prepared: Prepared) -> None:
             ("mesh", f"tp {made.tp}{sequence}, pp {made.pp}, vpp {made.vpp}, cp {made.cp}, dp {made.dp}"),
             ("experts", f"ep {made.ep}, etp {made.etp}"),
             ("batch", f"{recipe.data.global_batch} rows = {made.dp} replicas x {made.micro_batches} micro-batches x "
-                      f"{made.micro_batch}; {recipe.data.seq_len} tokens a row"),
+                      f"{made.micro_batch}{tokens}"),
             ("recompute", made.recompute),
             ("FLOPs", f"{output.count(made.flops_per_step)} per step{_step_time(made, cluster.peak_flops)}"),
             ("precision", f"{prepared.precision.name} ({prepared.precision.summary})".replace(" ()", "")),

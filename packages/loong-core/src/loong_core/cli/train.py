@@ -57,7 +57,8 @@ def _start(loaded: LoadedRecipe, registry: Registry, startup: Startup) -> int:
     run_folder.create(prepared, registry)
     _announce(prepared, folder)
     startup.mark("checks")
-    code = _prepare_data(prepared, folder / run_folder.RECIPE)
+    streamed = registry.get("data_sources", prepared.recipe.data.source).stream is not None
+    code = 0 if streamed else _prepare_data(prepared, folder / run_folder.RECIPE)
     startup.mark("data")
     if code:
         if fresh:
@@ -102,9 +103,10 @@ def _join(recipe: str, overrides: list[str], registry: Registry, startup: Startu
 def _announce(prepared: Prepared, folder: Path) -> None:
     recipe, plan = prepared.recipe, prepared.plan
     degrees = " ".join(f"{name} {getattr(plan, name)}" for name in ("tp", "pp", "cp", "ep", "dp"))
+    size = f"x {recipe.data.seq_len} tokens" if prepared.task.counts == "tokens" else "samples"
     output.pairs(
         [
-            ("run", f"{folder}, {recipe.run.steps} steps of {recipe.data.global_batch} x {recipe.data.seq_len} tokens"),
+            ("run", f"{folder}, {recipe.run.steps} steps of {recipe.data.global_batch} {size}"),
             ("model", f"{prepared.family.name}, {output.count(plan.parameters)} parameters, {prepared.precision.name}"),
             ("layout", f"{plan.world} x {prepared.backend.name}, {plan.planner}: {degrees}"),
             ("ops", ", ".join(f"{choice.op} {choice.name}" for choice in prepared.ops.values())),

@@ -22,7 +22,7 @@ from loong_core.data.rows import CHAT_KINDS, Encoder, kind_of, texts
 from loong_core.errors import DataError, LoongError, RecipeError
 from loong_core.recipe import Recipe, TrainTokenizer
 from loong_core.registry import Registry, open_registry, resolve
-from loong_core.types import Row, Task
+from loong_core.types import DataSource, Row, Task
 
 logger = logging.getLogger(__name__)
 
@@ -83,12 +83,17 @@ def task_of(recipe: Recipe, registry: Registry) -> Task:
 
 def encoder_of(recipe: Recipe, registry: Registry) -> Encoder:
     """The encoder of the recipe's task. Raises whatever it finds wrong with the recipe."""
-    return cast("Encoder", resolve(task_of(recipe, registry).encoder)(recipe))
+    task = task_of(recipe, registry)
+    if task.encoder is None:
+        raise RecipeError(f"`task.name`: {task.name} trains on the batches of another kind of source, not on rows.")
+    return cast("Encoder", resolve(task.encoder)(recipe))
 
 
 def rows_of(recipe: Recipe, path: sources.Paths, registry: Registry) -> Iterator[Any]:
     """The rows of a path, read by the recipe's source."""
-    source = registry.get("data_sources", recipe.data.source)
+    source: DataSource = registry.get("data_sources", recipe.data.source)
+    if source.reader is None:
+        raise RecipeError(f"`data.source`: {source.name} holds no rows of text; it makes its batches itself.")
     return iter(resolve(source.reader)(path, recipe.data.options))
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from loong_core.data.prepare import PreparedData
     from loong_core.recipe import Recipe
     from loong_core.train.engine import Batch
-    from loong_core.types import ParallelPlan
+    from loong_core.types import ModelShape, ParallelPlan
 
 _AHEAD = 2
 
@@ -38,8 +38,11 @@ class Stream:
     trains on does not depend on how it is cut.
     """
 
-    def __init__(self, recipe: Recipe, prepared: PreparedData, plan: ParallelPlan, dp_rank: int) -> None:
+    def __init__(
+        self, recipe: Recipe, prepared: PreparedData, plan: ParallelPlan, dp_rank: int, shape: ModelShape | None = None
+    ) -> None:
         data = recipe.data
+        self._shape = shape
         self.global_batch = plan.dp * plan.micro_batch * plan.micro_batches
         assert self.global_batch == data.global_batch, "the plan does not cut data.global_batch"
         self._plan, self._rank, self._step = plan, dp_rank, 0
@@ -111,6 +114,24 @@ class Stream:
     def tokens(self, step: int) -> int:
         """Tokens that are not padding in a step's global batch, over all ranks."""
         return self.content(step).tokens
+
+    def flops(self, step: int) -> float | None:
+        """Model FLOPs of the step by `ModelShape.train_flops`: padding is no work, and samples of a packed row do not
+        see each other. None where no model is known."""
+        content = self.content(step)
+        context = content.squares / max(content.tokens, 1)
+        return None if self._shape is None else self._shape.train_flops(content.tokens, context)
+
+    def recomputed(self, step: int) -> float:
+        """FLOPs that the plan's recomputation adds."""
+        content = self.content(step)
+        context = content.squares / max(content.tokens, 1)
+        recompute = self._plan.recompute
+        return 0.0 if self._shape is None else self._shape.recomputed_flops(content.tokens, context, recompute)
+
+    def problem(self) -> str | None:
+        """Rows are checked before the run, so nothing goes wrong in mid-run."""
+        return None
 
     def state(self) -> dict[str, Any]:
         """What a later process needs to continue after the last step asked for. JSON values only."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from loong_core.registry import resolve
 
 if TYPE_CHECKING:
-    from loong_core.data.stream import Stream
+    from loong_core.train.batches import Batches
     from loong_core.train.engine import Engine
     from loong_core.train.run import Run
 
@@ -36,7 +36,7 @@ class Checkpoints:
         found: Path | None = self._store.newest()
         return found
 
-    def load(self, run: Run, engine: Engine, data: Stream, path: Path) -> None:
+    def load(self, run: Run, engine: Engine, data: Batches, path: Path) -> None:
         """Continue from `path`: weights, optimizer, position in the data, step."""
         state = self._store.load(path, engine)
         data.load_state(state["data"])
@@ -46,12 +46,12 @@ class Checkpoints:
         """Whether a checkpoint is to be saved after this step."""
         return self._section.every is not None and step % self._section.every == 0
 
-    def save(self, run: Run, engine: Engine, data: Stream) -> None:
+    def save(self, run: Run, engine: Engine, data: Batches) -> None:
         """Save, under a name that appears once the checkpoint is complete."""
         self._store.save(engine, {"step": run.step, "data": data.state()})
         self._saved = run.step
 
-    def finish(self, run: Run, engine: Engine, data: Stream) -> None:
+    def finish(self, run: Run, engine: Engine, data: Batches) -> None:
         """Save the last step if that is not done, and wait until everything is on disk."""
         if self._section.every is not None and self._saved != run.step:
             self.save(run, engine, data)

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import math
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from loong_core.errors import RunError
+from loong_core.registry import resolve
+from loong_core.train.checkpoints import FOLDER
 from loong_core.train.schedule import learning_rate
 
 if TYPE_CHECKING:
-    from loong_core.data.stream import Stream
+    from loong_core.train.batches import Batches
     from loong_core.train.checkpoints import Checkpoints
     from loong_core.train.engine import Engine
     from loong_core.train.metrics import Reporter
     from loong_core.train.run import Run
 
 
-def train(run: Run, engine: Engine, data: Stream, checkpoints: Checkpoints, report: Reporter) -> None:
+def train(run: Run, engine: Engine, data: Batches, checkpoints: Checkpoints, report: Reporter) -> None:
     """Train from `run.step` to the recipe's last step. `run.step` counts finished optimizer steps."""
     steps = run.recipe.run.steps
     while run.step < steps:
@@ -36,14 +38,28 @@ def train(run: Run, engine: Engine, data: Stream, checkpoints: Checkpoints, repo
         metrics["step_seconds"] = time.perf_counter() - began
         if _evaluation_due(run):
             metrics["eval_loss"] = evaluate(run, engine, data)
-        report.step(run, metrics, data)
+            if run.task.evaluate is not None:
+                metrics.update(resolve(run.task.evaluate, f"task {run.task.name}")(run, engine, data))
+        stop = report.step(run, metrics, data)
         run.registry.events.step_end(run, metrics)
         if checkpoints.due(run.step):
             checkpoints.save(run, engine, data)
+        if stop:
+            _stop(run, engine, data, checkpoints)
 
 
-def evaluate(run: Run, engine: Engine, data: Stream) -> float:
-    """Mean loss over the counted tokens of the held-out batches."""
+def _stop(run: Run, engine: Engine, data: Batches, checkpoints: Checkpoints) -> NoReturn:
+    """End the run because of its data, on every rank, with everything learned so far on disk."""
+    checkpoints.finish(run, engine, data)
+    reason = data.problem() or "The data of another rank cannot be used any further; its log says why."
+    saved = f"is saved in {run.folder / FOLDER}, and the same command continues from there"
+    if run.recipe.checkpoint.every is None:
+        saved = "is not saved, because checkpoint.every is null"
+    raise RunError(f"{reason} The run stopped after step {run.step}, which {saved}.")
+
+
+def evaluate(run: Run, engine: Engine, data: Batches) -> float:
+    """Mean loss over what counts in the held-out batches."""
     total = count = 0.0
     for index in range(data.eval_count):
         losses = engine.evaluate(data.eval_batches(index))

@@ -26,11 +26,12 @@ def used(device: str) -> int:
     return peak
 
 
-def fullest_rank(device: str) -> int:
-    """The largest `used` of all ranks. Collective."""
+def fullest_rank(device: str, stop: bool = False) -> tuple[int, bool]:
+    """The largest `used` of all ranks, and in the same message whether `stop` holds on any. Collective."""
     size = used(device)
     if not dist.is_initialized() or dist.get_world_size() == 1:
-        return size
-    largest = torch.tensor([size], dtype=torch.int64, device=device)
+        return size, stop
+    largest = torch.tensor([size, stop], dtype=torch.int64, device=device)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-    return int(largest.item())
+    found = largest.tolist()
+    return int(found[0]), bool(found[1])

@@ -13,7 +13,8 @@ One JSON object per line and step (a public contract; every quantity is that of 
 | `step_seconds` | wall time of the step, waiting for data included; evaluation and saving excluded |
 | `data_seconds` | the part of it that waited for data, on rank 0 |
 | `tokens_per_second` | `tokens` / `step_seconds`, over all devices |
-| `tflops_per_device` | model FLOPs of the global batch, see below, 1e12 a second |
+| `samples_per_second` | `samples` / `step_seconds`, over all devices |
+| `tflops_per_device` | model FLOPs of the global batch, see below, 1e12 a second; null where they are unknown |
 | `mfu` | model FLOP utilisation: that as a share of the device's peak; null where the peak is unknown |
 | `hfu` | hardware FLOP utilisation: as `mfu`, with what `parallel.recompute` computes a second time counted too |
 | `memory_bytes` | memory in use on the fullest rank: the allocator's peak of the step, on a CPU the resident size |
@@ -23,6 +24,9 @@ holds: padding is no work, and attention counts the causal half within each samp
 peak is that of dense matrix products in the run's activation dtype, from the maker's data sheet. `hfu` adds the
 forward passes that the plan repeats, not what a kernel repeats inside itself (flash attention's backward, a fused
 loss). Without recomputation the two are equal. Source: Chowdhery et al., 2022 (arXiv 2204.02311, appendix B).
+
+Models that do not read text have no tokens; then `tokens` are what their loss counts, such as the elements of action
+chunks.
 
 Further numbers a task reports (`aux_loss`, `lm_loss`) and `eval_loss`, on steps that end with an evaluation, follow
 under their own names. Floats are written so that reading gives the same float; NaN and infinity, which JSON lacks,
@@ -45,8 +49,8 @@ from loong_core.log import logger
 from loong_core.startup import FIRST_STEP
 
 if TYPE_CHECKING:
-    from loong_core.data.stream import Stream
     from loong_core.startup import Startup
+    from loong_core.train.batches import Batches
     from loong_core.train.run import Run
 
 FIELDS = (
@@ -59,6 +63,7 @@ FIELDS = (
     "step_seconds",
     "data_seconds",
     "tokens_per_second",
+    "samples_per_second",
     "tflops_per_device",
     "mfu",
     "hfu",
@@ -81,7 +86,7 @@ def row(
     *,
     step: int,
     samples: int,
-    flops: float,
+    flops: float | None,
     recomputed: float,
     world: int,
     peak_flops: float,
@@ -93,7 +98,7 @@ def row(
         measured: `loss`, `counted` (tokens), `grad_norm`, `lr`, `step_seconds`, `data_seconds`, and extra numbers.
         step: optimizer steps done.
         samples: samples in the global batch.
-        flops: model FLOPs of the global batch.
+        flops: model FLOPs of the global batch, None = unknown.
         recomputed: FLOPs of it that are computed a second time.
         world: number of devices.
         peak_flops: of one device, 0 = unknown.
@@ -101,7 +106,8 @@ def row(
     """
     seconds = measured["step_seconds"]
     tokens = round(measured["counted"])
-    per_device, again = (work / seconds / world if seconds > 0 else 0.0 for work in (flops, recomputed))
+    per_device, again = (work / seconds / world if seconds > 0 else 0.0 for work in (flops or 0.0, recomputed))
+    share = 1.0 / peak_flops if peak_flops and flops is not None else None
     result: Metrics = {
         "step": step,
         "loss": measured["loss"],
@@ -112,9 +118,10 @@ def row(
         "step_seconds": seconds,
         "data_seconds": measured["data_seconds"],
         "tokens_per_second": tokens / seconds if seconds > 0 else 0.0,
-        "tflops_per_device": per_device / 1e12,
-        "mfu": per_device / peak_flops if peak_flops else None,
-        "hfu": (per_device + again) / peak_flops if peak_flops else None,
+        "samples_per_second": samples / seconds if seconds > 0 else 0.0,
+        "tflops_per_device": None if flops is None else per_device / 1e12,
+        "mfu": None if share is None else per_device * share,
+        "hfu": None if share is None else (per_device + again) * share,
         "memory_bytes": memory_bytes,
     }
     result.update({name: value for name, value in measured.items() if name not in result and name != "counted"})
@@ -260,26 +267,28 @@ class Reporter:
             return TensorBoard(run.folder / "tensorboard", run.step)
         from loong_core.train.watch import Watch
 
-        return Watch(run.recipe.run.name, run.step, run.recipe.run.steps, run.recipe.log.every)
+        log, counts = run.recipe.log, run.task.counts
+        return Watch(run.recipe.run.name, run.step, run.recipe.run.steps, log.every, counts=counts)
 
-    def step(self, run: Run, metrics: Mapping[str, Any], data: Stream) -> None:
-        """Report the step that `run.step` now counts. Collective: every rank calls it."""
+    def step(self, run: Run, metrics: Mapping[str, Any], data: Batches) -> bool:
+        """Report the step that `run.step` now counts. Collective: every rank calls it.
+
+        Returns whether the data of any rank has a problem that ends the run.
+        """
         from loong_core.train.memory_use import fullest_rank
 
         startup, self._startup = self._startup, None
         if startup is not None:
             startup.mark(FIRST_STEP)
-        memory = fullest_rank(run.device)
+        memory, stop = fullest_rank(run.device, data.problem() is not None)
         if not self._sinks:
-            return
-        content = data.content(run.step - 1)
-        context = content.squares / max(content.tokens, 1)
+            return stop
         done = row(
             metrics,
             step=run.step,
-            samples=content.samples,
-            flops=run.shape.train_flops(content.tokens, context),
-            recomputed=run.shape.recomputed_flops(content.tokens, context, run.plan.recompute),
+            samples=data.samples(run.step - 1),
+            flops=data.flops(run.step - 1),
+            recomputed=data.recomputed(run.step - 1),
             world=run.world,
             peak_flops=run.cluster.peak_flops,
             memory_bytes=memory,
@@ -288,6 +297,7 @@ class Reporter:
             sink.write(done)
         if startup is not None:
             self._say(startup.line())
+        return stop
 
     def _say(self, text: str) -> None:
         from loong_core.train.watch import Watch

@@ -20,9 +20,12 @@ import yaml
 from loong_core.train import plot
 from loong_core.train.metrics import Metrics, read
 from loong_core.train.report_style import SCRIPT, STYLE
-from loong_core.train.watch import duration, thousands
+from loong_core.train.watch import duration, pace, thousands
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+FIGURES = "figures"
+"""Folder of the run folder whose JSON files are drawn under "Evaluation", one chart a file."""
+_COLORS = 3
 _SMOOTH_FROM = 50
 """Steps from which a smoothed course is drawn over the raw one."""
 _BYTES = {"parameters", "gradients", "master", "optimizer", "activations", "logits", "total"}
@@ -44,6 +47,7 @@ def write(folder: Path) -> Path:
         plan=_json(folder / "plan.json"),
         manifest=_json(folder / "manifest.json"),
         sample=_text(folder / "sample.txt"),
+        figures=[chart for path in sorted((folder / FIGURES).glob("*.json")) for chart in _figure(_json(path))],
     )
     temporary = folder / f".report.html.{os.getpid()}"
     with temporary.open("w", encoding="utf-8") as file:
@@ -67,6 +71,25 @@ def _json(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {"content": found}
 
 
+def _figure(found: dict[str, Any]) -> Iterator[plot.Chart]:
+    """The chart that a file of `figures/` describes: `title`, `note`, and `series` with `name`, `x` and `y`, of which
+    `y` may hold nulls. Nothing where it is something else."""
+    try:
+        series = tuple(
+            plot.Series(
+                name=str(line["name"]),
+                x=[float(value) for value in line["x"]],
+                y=[_finite(value) for value in line["y"]],
+                color=number % _COLORS,
+            )
+            for number, line in enumerate(found["series"])
+        )
+    except (KeyError, TypeError, ValueError):
+        return
+    if series and all(len(line.x) == len(line.y) for line in series):
+        yield plot.Chart(title=str(found.get("title", "")), note=str(found.get("note", "")), series=series)
+
+
 def _yaml(text: str) -> dict[str, Any]:
     try:
         found = yaml.safe_load(text)
@@ -85,14 +108,21 @@ def _page(
     plan: dict[str, Any],
     manifest: dict[str, Any],
     sample: str,
+    figures: Sequence[plot.Chart] = (),
 ) -> str:
-    shown = charts(rows)
-    data = json.dumps([plot.hover_data(chart) for chart in shown]).replace("<", "\\u003c")
-    body = [f"<h1>{escape(name)}</h1>", f'<p class="sub">{escape(_subtitle(recipe, plan))}</p>', _tiles(rows, recipe)]
+    counts = str(manifest.get("counts") or "tokens")
+    shown = charts(rows, counts)
+    drawn = [*shown, *figures]
+    data = json.dumps([plot.hover_data(chart) for chart in drawn]).replace("<", "\\u003c")
+    body = [f"<h1>{escape(name)}</h1>", f'<p class="sub">{escape(_subtitle(recipe, plan, counts))}</p>']
+    body.append(_tiles(rows, recipe, counts))
     if rows:
         body.append(f'<div class="charts">{"".join(_card(index, chart) for index, chart in enumerate(shown))}</div>')
     else:
         body.append("<p>No step of this run was recorded.</p>")
+    if figures:
+        cards = "".join(_card(len(shown) + index, chart) for index, chart in enumerate(figures))
+        body.append(f'<h2>Evaluation</h2><div class="charts">{cards}</div>')
     if sample:
         body.append(f'<h2>A sample of what it writes</h2><div class="card wide"><pre>{escape(sample)}</pre></div>')
     body.append(_section("Plan", _table(plan), open_=True))
@@ -107,12 +137,14 @@ def _page(
     )
 
 
-def _subtitle(recipe: dict[str, Any], plan: dict[str, Any]) -> str:
+def _subtitle(recipe: dict[str, Any], plan: dict[str, Any], counts: str) -> str:
     model, data, precision = recipe.get("model") or {}, recipe.get("data") or {}, recipe.get("precision")
     facts = [str(model["family"])] if model.get("family") else []
     if isinstance(plan.get("parameters"), int):
         facts.append(f"{thousands(plan['parameters'])} parameters")
-    if data.get("global_batch") and data.get("seq_len"):
+    if data.get("global_batch") and counts != "tokens":
+        facts.append(f"{data['global_batch']} samples per step")
+    elif data.get("global_batch") and data.get("seq_len"):
         facts.append(f"{data['global_batch']} x {data['seq_len']} tokens per step")
     if precision:
         facts.append(str(precision))
@@ -121,15 +153,15 @@ def _subtitle(recipe: dict[str, Any], plan: dict[str, Any]) -> str:
     return " \u00b7 ".join(facts)
 
 
-def _tiles(rows: Sequence[Metrics], recipe: dict[str, Any]) -> str:
+def _tiles(rows: Sequence[Metrics], recipe: dict[str, Any], counts: str) -> str:
     tiles = "".join(
         f'<div class="tile"><span>{escape(name)}</span><b>{escape(value)}</b></div>'
-        for name, value in _summary(rows, recipe)
+        for name, value in _summary(rows, recipe, counts)
     )
     return f'<div class="tiles">{tiles}</div>' if tiles else ""
 
 
-def _summary(rows: Sequence[Metrics], recipe: dict[str, Any]) -> Iterator[tuple[str, str]]:
+def _summary(rows: Sequence[Metrics], recipe: dict[str, Any], counts: str) -> Iterator[tuple[str, str]]:
     if not rows:
         return
     total = (recipe.get("run") or {}).get("steps")
@@ -139,8 +171,10 @@ def _summary(rows: Sequence[Metrics], recipe: dict[str, Any]) -> Iterator[tuple[
             yield name, f"{values[-1]:.4f}"
     # The first step also pays for warm-up.
     settled = rows[1:] or rows
-    if values := _numbers(settled, "tokens_per_second"):
-        yield "median tokens/s", thousands(statistics.median(values))
+    field, unit = pace(counts)
+    if values := _numbers(settled, field):
+        middle = statistics.median(values)
+        yield f"median {unit}", thousands(middle) if counts == "tokens" else plot.number(middle)
     if values := _numbers(settled, "step_seconds"):
         yield "median step", f"{plot.number(statistics.median(values))} s"
     if values := _numbers(settled, "mfu"):
@@ -149,8 +183,9 @@ def _summary(rows: Sequence[Metrics], recipe: dict[str, Any]) -> Iterator[tuple[
             yield "median HFU", f"{statistics.median(again):.1%}"
     if values := _numbers(rows, "memory_bytes"):
         yield "peak memory", f"{max(values) / 2**30:.2f} GiB"
-    if values := _numbers(rows, "tokens"):
-        yield "tokens in all", thousands(sum(values))
+    total = "tokens" if counts == "tokens" else "samples"
+    if values := _numbers(rows, total):
+        yield f"{total} in all", thousands(sum(values))
     if values := _numbers(rows, "step_seconds"):
         yield "time in steps", duration(sum(values))
 
@@ -166,13 +201,12 @@ def _card(index: int, chart: plot.Chart) -> str:
 
 
 # ------------------------------------------------------------------------------------------------- charts
-def charts(rows: Sequence[Metrics]) -> list[plot.Chart]:
-    """The charts of a run, in reading order."""
+def charts(rows: Sequence[Metrics], counts: str = "tokens") -> list[plot.Chart]:
+    """The charts of a run whose loss counts `counts`, in reading order."""
+    field, unit = pace(counts)
     return [
         _loss(rows),
-        plot.Chart(
-            title="Throughput", note="tokens/s", series=(_series(rows, "tokens_per_second", "tokens/s"),), zero=True
-        ),
+        plot.Chart(title="Throughput", note=unit, series=(_series(rows, field, unit),), zero=True),
         plot.Chart(
             title="Gradient norm", note="before clipping", series=(_series(rows, "grad_norm", "norm"),), zero=True
         ),

@@ -38,8 +38,14 @@ def thousands(value: float) -> str:
     return f"{value:.0f}"
 
 
-def figures(row: Metrics, held_out: float | None) -> list[tuple[str, str]]:
+def pace(counts: str) -> tuple[str, str]:
+    """The field of a row that says how fast a run is, and its unit: text is counted in tokens, the rest in samples."""
+    return ("tokens_per_second", "tokens/s") if counts == "tokens" else ("samples_per_second", "samples/s")
+
+
+def figures(row: Metrics, held_out: float | None, counts: str = "tokens") -> list[tuple[str, str]]:
     """The numbers of a step as a person reads them: (name, value), most interesting first."""
+    field, unit = pace(counts)
     result = [("loss", f"{row['loss']:.4f}")]
     if held_out is not None:
         result.append(("held-out", f"{held_out:.4f}"))
@@ -48,7 +54,7 @@ def figures(row: Metrics, held_out: float | None) -> list[tuple[str, str]]:
     result += [
         ("lr", f"{row['lr']:.2e}"),
         ("grad", f"{row['grad_norm']:.2f}"),
-        ("tokens/s", thousands(row["tokens_per_second"])),
+        (unit, thousands(row[field]) if row[field] >= 100 or counts == "tokens" else f"{row[field]:.1f}"),
     ]
     if row.get("mfu") is not None:
         result.append(("mfu", f"{row['mfu']:.1%}"))
@@ -62,10 +68,19 @@ class Watch:
     """A sink that shows progress to a person.
 
     `every` thins out the plain lines; the bar shows every step. The first step, the last, and steps with a held-out
-    loss always get their line.
+    loss always get their line. `counts` is what the task's loss counts.
     """
 
-    def __init__(self, name: str, done: int, steps: int, every: int = 1, console: Console | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        done: int,
+        steps: int,
+        every: int = 1,
+        console: Console | None = None,
+        counts: str = "tokens",
+    ) -> None:
+        self._counts = counts
         self._console = console or Console(highlight=False)
         self._name, self._first, self._steps, self._every = name, done + 1, steps, every
         self._pace: deque[float] = deque(maxlen=_WINDOW)
@@ -111,17 +126,20 @@ class Watch:
         return duration(pace * (self._steps - row["step"]))
 
     def _line(self, row: Metrics, evaluated: bool) -> None:
-        parts = [f"{name} {value}" for name, value in figures(row, self._held_out if evaluated else None)]
+        parts = [f"{name} {value}" for name, value in self._figures(row, evaluated)]
         width = len(str(self._steps))
         text = f"step {row['step']:>{width}}/{self._steps}  {'  '.join(parts)}  ETA {self._eta(row)}"
         self._console.print(text, markup=False, soft_wrap=True)
         self._console.file.flush()
 
+    def _figures(self, row: Metrics, held_out: bool) -> list[tuple[str, str]]:
+        return figures(row, self._held_out if held_out else None, self._counts)
+
     def _draw(self, row: Metrics, evaluated: bool) -> None:
         assert self._live is not None
         self._progress.update(self._task, completed=row["step"], eta=self._eta(row))
         text = Text(overflow="fold")
-        for name, value in figures(row, self._held_out):
+        for name, value in self._figures(row, True):
             text.append(f"{name} ", style="dim").append(value, style="bold").append("   ")
         self._live.update(Lines(self._progress, text))
         if evaluated:

@@ -11,10 +11,12 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from loong_core.data.prepare import PreparedData
     from loong_core.startup import Startup
+    from loong_core.train.batches import Batches
     from loong_core.train.engine import Engine
     from loong_core.train.run import Run
 
@@ -69,9 +71,8 @@ def _train(recipe_path: Path, folder: Path, startup: Startup) -> None:
     startup.mark("device")
     error: BaseException | None = None
     try:
-        from loong_core.data.prepare import prepare
-
-        data = prepare(run.recipe, folder)
+        streamed = registry.get("data_sources", run.recipe.data.source).stream is not None
+        data = None if streamed else _prepare(run)
         startup.mark("data")
         build = resolve(run.registry.get("parallel_planners", run.plan.planner).build)
         startup.mark("imports")
@@ -87,8 +88,25 @@ def _train(recipe_path: Path, folder: Path, startup: Startup) -> None:
         _leave(error)
 
 
-def _run(run: Run, engine: Engine, data: Any, startup: Startup) -> None:
+def _prepare(run: Run) -> PreparedData:
+    from loong_core.data.prepare import prepare
+
+    return prepare(run.recipe, run.folder)
+
+
+def _stream(run: Run, data: PreparedData | None) -> Batches:
+    """The batches of this rank's replica: cut from rows of text, or made by the source itself."""
     from loong_core.data.stream import Stream
+    from loong_core.registry import resolve
+
+    if data is not None:
+        return Stream(run.recipe, data, run.plan, _replica(run), run.shape)
+    source = run.registry.get("data_sources", run.recipe.data.source)
+    made: Batches = resolve(source.stream, f"data source {source.name}")(run, _replica(run))
+    return made
+
+
+def _run(run: Run, engine: Engine, data: PreparedData | None, startup: Startup) -> None:
     from loong_core.train import report
     from loong_core.train.checkpoints import Checkpoints
     from loong_core.train.loop import train
@@ -104,7 +122,7 @@ def _run(run: Run, engine: Engine, data: Any, startup: Startup) -> None:
     run.registry.events.model_built(engine.modules, run)
     engine.optimizer(run.recipe.optim)
     startup.mark("optimizer")
-    stream = Stream(run.recipe, data, run.plan, _replica(run))
+    stream = _stream(run, data)
     if found is not None:
         checkpoints.load(run, engine, stream, found)
         startup.mark("checkpoint")

@@ -1,0 +1,212 @@
+"""A source that makes its own batches: checked against task and model in the parent, driven by the loop and stopped."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from loong_core.data.prepare import encoder_of, rows_of
+from loong_core.errors import RecipeError, RunError
+from loong_core.findings import Findings
+from loong_core.recipe_load import LoadedRecipe, from_mapping
+from loong_core.recipe_yaml import Document
+from loong_core.registry import Registry, architecture_of
+from loong_core.testing.shapes import decoder_shape
+from loong_core.train import loop, worker
+from loong_core.train.checkpoints import Checkpoints
+from loong_core.types import DataSource, ModelFamily, ParallelPlan, Task
+from loong_core.validate import _familys_planner
+from loong_core.validate_data import check_fit, check_match, unused_keys
+
+ROBOT = DataSource(name="robot", check="robot_data:check", stream="robot_data:stream", fit="robot_data:fit")
+TEXT = DataSource(name="text", check="robot_data:check", reader="robot_data:read")
+FLOW = Task(name="flow", loss="robot_data:loss", evaluate="robot_data:evaluate", counts="elements of action chunks")
+WORDS = Task(name="words", encoder="robot_data:encode", loss="robot_data:loss")
+
+
+class Frames:
+    """Batches of one number each; those from step 2 on have a problem."""
+
+    eval_count = 1
+
+    def __init__(self, replica: int = 0) -> None:
+        self.replica, self.asked = replica, -1
+        self.closed = False
+
+    def batches(self, step: int) -> list[Any]:
+        self.asked = step
+        return [{"value": step}]
+
+    def eval_batches(self, index: int) -> list[Any]:
+        return [{"value": index}]
+
+    def samples(self, step: int) -> int:
+        return 4
+
+    tokens = samples
+
+    def flops(self, step: int) -> float | None:
+        return None
+
+    def recomputed(self, step: int) -> float:
+        return 0.0
+
+    def problem(self) -> str | None:
+        return "cam0 of episode 3: 5 frames do not decode, data.options.skip allows 4." if self.asked >= 2 else None
+
+    def state(self) -> dict[str, Any]:
+        return {"step": self.asked + 1}
+
+    def load_state(self, state: Mapping[str, Any]) -> int:
+        return int(state["step"])
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@pytest.fixture(autouse=True)
+def _module(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType("robot_data")
+    module.__dict__.update(
+        check=lambda path, options: [],
+        fit=lambda recipe, shape: [f"the policy takes {shape.hidden} numbers of state, episode 0 has 7"],
+        stream=lambda run, replica: Frames(replica),
+        evaluate=lambda run, engine, data: {"eval_mae": 0.25},
+    )
+    monkeypatch.setitem(sys.modules, "robot_data", module)
+
+
+def loaded(value: dict[str, Any]) -> LoadedRecipe:
+    recipe = from_mapping(value)
+    return LoadedRecipe(recipe, "recipe.yaml", {}, Document(value, {}, {}))
+
+
+class Table(Registry):
+    """A registry of what is handed to it."""
+
+    def __init__(self, **tables: Any) -> None:
+        self._held = tables
+
+    def get(self, kind: str, name: str) -> Any:
+        return self._held[kind][name]
+
+
+def test_a_task_gets_the_kind_of_source_it_reads() -> None:
+    for source, task, expected in (
+        (ROBOT, FLOW, ""),
+        (TEXT, WORDS, ""),
+        (TEXT, FLOW, "does not read rows"),
+        (ROBOT, WORDS, "reads rows of text"),
+    ):
+        findings = Findings(loaded({}))
+        check_match(source, task, findings)
+        assert [expected in message for message in findings.messages] == ([True] if expected else [])
+
+
+def test_rows_and_encoders_that_are_not_there_are_named() -> None:
+    table = Table(data_sources={"robot": ROBOT}, tasks={"flow": FLOW})
+    recipe = from_mapping({"data": {"source": "robot"}, "task": {"name": "flow"}})
+    with pytest.raises(RecipeError, match=r"`data\.source`: robot holds no rows"):
+        rows_of(recipe, None, table)
+    with pytest.raises(RecipeError, match=r"`task\.name`: flow"):
+        encoder_of(recipe, table)
+
+
+def test_the_data_is_compared_with_the_model_unless_something_is_wrong_already() -> None:
+    shape = decoder_shape()
+    for already, expected in (([], 1), (["model.weights: broken"], 1)):
+        findings = Findings(loaded({"data": {"path": "episodes"}}))
+        findings.messages.extend(already)
+        check_fit(findings.loaded.recipe, ROBOT, shape, findings)
+        assert len(findings.messages) == expected
+        assert already or f"takes {shape.hidden} numbers" in findings.messages[0]
+
+
+def test_settings_without_effect_are_told() -> None:
+    recipe = from_mapping({"data": {"seq_len": 77, "pack": True, "bad_rows": "skip"}})
+    notes = unused_keys(recipe, ROBOT)
+    assert [note.split()[1] for note in notes] == ["data.seq_len", "data.bad_rows"]
+    assert unused_keys(recipe, TEXT) == []
+
+
+def test_a_family_may_ask_for_its_planner() -> None:
+    family: dict[str, Any] = {"hf_architectures": (), "describe": "", "builder": "", "arch": {}, "from_hf": {}}
+    asks = ModelFamily(name="robot", weights=(), planner="torch", **family)
+    model: Any = SimpleNamespace(family=asks)
+    for given, wanted, told in (("auto", "torch", True), ("megatron", "megatron", False)):
+        recipe, note = _familys_planner(from_mapping({"parallel": {"planner": given}}), model)
+        assert recipe.parallel.planner == wanted and bool(note) == told
+    silent: Any = SimpleNamespace(family=ModelFamily(name="text", weights=(), **family))
+    assert _familys_planner(from_mapping({}), silent)[0].parallel.planner == "auto"
+
+
+def test_policies_name_their_architecture_by_type() -> None:
+    assert architecture_of({"type": "pi05"}) == "pi05"
+    assert architecture_of({"architectures": ["A", "B"], "type": "pi05"}) == "A"
+    assert architecture_of({"architectures": "A"}) is architecture_of({"type": 3}) is architecture_of({}) is None
+
+
+def running(folder: Path, every: int | None, **sections: Any) -> Any:
+    sections = {"run": {"steps": 5}, "checkpoint": {"every": every}, "data": {"source": "robot"}, **sections}
+    recipe = from_mapping(sections)
+    events = SimpleNamespace(step_end=lambda run, metrics: None)
+    registry = SimpleNamespace(events=events, get=lambda kind, name: ROBOT)
+    plan = ParallelPlan(planner="torch", world=4, dp=4)
+    return SimpleNamespace(recipe=recipe, folder=folder, step=0, task=FLOW, registry=registry, plan=plan, rank=3)
+
+
+class Engine:
+    """Losses that fall."""
+
+    def forward_backward(self, batches: Any, step: int) -> dict[str, float]:
+        return {"loss": 1.0 / (1 + step), "counted": 8.0}
+
+    def step(self, lr: float) -> float:
+        return 1.0
+
+    def evaluate(self, batches: Any) -> dict[str, float]:
+        return {"loss": 0.5, "counted": 8.0}
+
+
+class Report:
+    """Keeps rows and asks the data, as the real one does on every rank."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+
+    def step(self, run: Any, metrics: dict[str, Any], data: Frames) -> bool:
+        self.rows.append(dict(metrics, step=run.step))
+        return data.problem() is not None
+
+
+def held(run: Any) -> tuple[Checkpoints, list[int]]:
+    """Checkpoints without a format: what would be saved."""
+    saved: list[int] = []
+    made = Checkpoints.__new__(Checkpoints)
+    store = SimpleNamespace(save=lambda engine, state: saved.append(state["step"]), close=lambda: saved.append(-1))
+    made.__dict__.update(_section=run.recipe.checkpoint, _saved=-1, _store=store)
+    return made, saved
+
+
+@pytest.mark.parametrize(("every", "told"), [(2, "is saved in"), (None, "is not saved, because checkpoint.every")])
+def test_data_that_gives_out_ends_the_run_after_a_checkpoint(tmp_path: Path, every: int | None, told: str) -> None:
+    run, report = running(tmp_path, every), Report()
+    data = worker._stream(run, None)
+    assert isinstance(data, Frames) and data.replica == 3
+    checkpoints, saved = held(run)
+    with pytest.raises(RunError, match=f"episode 3: 5 frames do not decode.* stopped after step 3, which {told}"):
+        loop.train(run, Engine(), data, checkpoints, report)  # type: ignore[arg-type]
+    assert [row["step"] for row in report.rows] == [1, 2, 3]
+    assert saved == ([2, 3, -1] if every else [-1])
+
+
+def test_a_task_adds_figures_to_an_evaluation(tmp_path: Path) -> None:
+    run, report = running(tmp_path, None, run={"steps": 2}, data={"source": "robot", "eval": {}}), Report()
+    loop.train(run, Engine(), Frames(), held(run)[0], report)  # type: ignore[arg-type]
+    first, last = report.rows
+    assert "eval_mae" not in first and last["eval_mae"] == 0.25 and last["eval_loss"] == 0.5
