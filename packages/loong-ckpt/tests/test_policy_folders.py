@@ -31,6 +31,7 @@ ROWS = prefixed(
         concat("modulation", [f"layers.{layer}.norm.weight" for layer in range(2)]),
         drop("layers.*.rope"),
         unused("expert.lm_head.weight", 5, "narrow"),
+        unused("layers.*.gate", "narrow"),
     ),
     "model.",
 )
@@ -96,6 +97,7 @@ def tensors(prefix: str = "", *without: str) -> dict[str, torch.Tensor]:
         found |= {f"layers.{layer}.{part}.weight": torch.randn(rows, 4) for part, rows in sizes}
         found[f"layers.{layer}.norm.weight"] = torch.randn(5, 4)
     found["expert.lm_head.weight"] = torch.randn(5, 3, dtype=torch.float32).to(torch.bfloat16)
+    found["layers.1.gate"] = torch.randn(3)
     return {prefix + name: tensor for name, tensor in found.items() if name not in without}
 
 
@@ -146,6 +148,7 @@ def test_random_weights_are_written_without_prefix_and_with_zeros_for_dead_tenso
     found = read_all(tmp_path / "out")
     assert set(found) == set(tensors("", "lm_head.weight"))
     assert found["expert.lm_head.weight"].shape == (5, 3) and not found["expert.lm_head.weight"].any()
+    assert found["layers.1.gate"].shape == (3,)
 
 
 def test_a_native_checkpoint_keeps_the_sidecars_for_its_export(tmp_path: Path) -> None:

@@ -11,14 +11,16 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from loong_ckpt import hf
 from loong_core.ops import OPS as ROWS
 from loong_core.ops import Ops, bind
 from loong_core.precision import POLICIES
+from loong_core.recipe import Recipe
 from loong_core.registry import resolve
-from loong_core.types import ModelShape, OpRequest
+from loong_core.types import ModelShape, OpRequest, ParallelPlan
 from loong_core.weights import WeightMap, verb_of
 from loong_vla.models.pi05 import PI05
 from loong_vla.pi05 import Pi05, build
@@ -43,6 +45,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
 }
 TOLERANCE = 1e-4
+SINGLE = "model.safetensors"
 
 
 class Computed(NamedTuple):
@@ -54,14 +57,24 @@ class Computed(NamedTuple):
     results: dict[str, Tensor]
 
 
-@pytest.fixture(scope="module", params=CASES)
-def peer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Computed:
-    case = CASES[request.param]
-    folder = tmp_path_factory.mktemp(request.param)
-    (folder / "case.json").write_text(json.dumps(case))
-    ask_peer("compute", folder)
-    batch, results = (load_file(folder / f"{name}.safetensors") for name in ("batch", "results"))
-    return Computed(case, folder, batch, results)
+@pytest.fixture(scope="module")
+def computed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Computed]:
+    """All cases, of one start of LeRobot, which takes most of the time."""
+    folders = {name: tmp_path_factory.mktemp(name) for name in CASES}
+    for name, folder in folders.items():
+        (folder / "case.json").write_text(json.dumps(CASES[name]))
+    ask_peer("compute", *folders.values())
+    return {name: read_case(name, folder) for name, folder in folders.items()}
+
+
+def read_case(name: str, folder: Path) -> Computed:
+    batch, results = (load_file(folder / f"{what}.safetensors") for what in ("batch", "results"))
+    return Computed(CASES[name], folder, batch, results)
+
+
+@pytest.fixture(params=CASES)
+def peer(request: pytest.FixtureRequest, computed: dict[str, Computed]) -> Computed:
+    return computed[request.param]
 
 
 def ask_peer(*words: str | Path) -> None:
@@ -98,7 +111,7 @@ def load_rows(model: Pi05, tensors: dict[str, Tensor]) -> set[str]:
 
 def loaded(computed: Computed, **more: Any) -> Pi05:
     model = build_model(resolve(PI05.describe)(PI05, config_of(computed, **more)))
-    load_rows(model, load_file(computed.folder / "checkpoint" / "model.safetensors"))
+    load_rows(model, load_file(computed.folder / "checkpoint" / SINGLE))
     return model
 
 
@@ -139,18 +152,70 @@ def test_samples(peer: Computed, skip_padding: bool) -> None:
 
 
 def test_every_tensor_is_used_or_known_to_be_unused(peer: Computed) -> None:
-    tensors = load_file(peer.folder / "checkpoint" / "model.safetensors")
+    tensors = load_file(peer.folder / "checkpoint" / SINGLE)
     model = build_model(resolve(PI05.describe)(PI05, config_of(peer)))
     used, weights = load_rows(model, tensors), WeightMap(PI05.weights)
     assert not [name for name in tensors if name not in used and not weights.is_dropped(name)]
 
 
-def test_openpi_layout(peer: Computed) -> None:
-    """Names without LeRobot's prefix, the embedding stored as the head, older names of the time layers."""
-    tensors = load_file(peer.folder / "checkpoint" / "model.safetensors")
+def trained(model: Pi05) -> Any:
+    """As far as checkpoint formats look at an engine: one process that holds everything."""
+    whole = {parameter.spec.role: parameter for parameter in model.local_parameters()}
+    return SimpleNamespace(
+        parameters=whole.values, gather=lambda parameter: parameter.tensor.detach(), weights_changed=lambda: None
+    )
+
+
+def run_on(computed: Computed, weights: Path | None, folder: Path) -> Any:
+    config = config_of(computed)
+    recipe = Recipe.model_validate({"model": {"weights": weights, "config": {"sizes": config["sizes"]}}})
+    plan = ParallelPlan(planner="torch", world=1)
+    return SimpleNamespace(
+        recipe=recipe, folder=folder, plan=plan, family=PI05, config=config, shape=resolve(PI05.describe)(PI05, config),
+        precision=POLICIES[0], device="cpu", rank=0, world=1, notes=[], is_main=True, step=0,
+    )  # fmt: skip
+
+
+def test_exports_open_in_lerobot(computed: dict[str, Computed], tmp_path: Path) -> None:
+    """After a step of training, from each kind of checkpoint and from none: LeRobot draws the same samples as we."""
+    peer = computed["padded"]
+    converted = tmp_path / "converted"
+    converted.mkdir()
+    save_file(openpi_names(load_file(peer.folder / "checkpoint" / SINGLE)), converted / SINGLE)
+    (converted / "config.json").write_text(json.dumps(config_of(peer)))
+    ours, folders = {}, [tmp_path / f"out{number}" for number in range(3)]
+    for out, weights in zip(folders, (peer.folder / "checkpoint", converted, None), strict=True):
+        run = run_on(peer, weights, tmp_path)
+        model = build_model(run.shape)
+        if weights is None:
+            load_rows(model, load_file(peer.folder / "checkpoint" / SINGLE))
+        else:
+            hf.load(weights, run, trained(model))
+        loss_of(model, peer.batch)[1].backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                assert parameter.grad is not None
+                parameter -= 0.05 * parameter.grad
+        hf.save(out, run, trained(model))
+        ours[out] = model.sample(peer.batch, peer.case["steps"])
+    ask_peer("sample", peer.folder, *folders)
+    for out, sampled in ours.items():
+        theirs = load_file(out / "sampled.safetensors")["sampled"]
+        torch.testing.assert_close(sampled, theirs, rtol=TOLERANCE, atol=TOLERANCE)
+        assert (theirs - peer.results["sampled"]).abs().max() > 100 * TOLERANCE, "the step changed nothing"
+
+
+def openpi_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """As OpenPI's converter writes them: no prefix, and the embedding only as the head that was tied to it."""
     converted = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
     embedding = converted.pop("paligemma_with_expert.paligemma.model.language_model.embed_tokens.weight")
     converted["paligemma_with_expert.paligemma.lm_head.weight"] = embedding
+    return converted
+
+
+def test_openpi_layout(peer: Computed) -> None:
+    """Names without LeRobot's prefix, the embedding stored as the head, older names of the time layers."""
+    converted = openpi_names(load_file(peer.folder / "checkpoint" / SINGLE))
     for end in ("weight", "bias"):
         converted[f"action_time_mlp_in.{end}"] = converted.pop(f"time_mlp_in.{end}")
         converted[f"action_time_mlp_out.{end}"] = converted.pop(f"time_mlp_out.{end}")

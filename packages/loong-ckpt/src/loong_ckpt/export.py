@@ -19,7 +19,7 @@ from loong_ckpt.hf_folder import INDEX, SINGLE, HFFolder
 from loong_ckpt.mapping import candidates, hf_shapes
 from loong_core.safetensors_header import BITS
 from loong_core.types import ModelShape, ParameterSpec, Weight
-from loong_core.weights import WeightMap, extents, verb_of
+from loong_core.weights import WeightMap, extents, fill, verb_of
 
 if TYPE_CHECKING:
     import torch
@@ -103,7 +103,7 @@ def plan_export(run: Run, source: Source | None, shard_bytes: int = SHARD_BYTES)
             shapes[name] = shape
     copies = _copies(run, rows, layout, shapes)
     shapes |= {name: shapes[original] for name, original in copies.items()}
-    unused = _unused(run, layout)
+    unused = {name: shape for name, shape in _unused(run, layout).items() if name not in shapes}
     shapes |= unused
     dtypes = {name: (layout or {}).get(name, default) for name in shapes}
     slots, headers, sizes = _arrange(shapes, dtypes, None if run.family.single_file else shard_bytes)
@@ -143,7 +143,8 @@ def _unused(run: Run, layout: Mapping[str, str] | None) -> dict[str, tuple[int, 
     found: dict[str, tuple[int, ...]] = {}
     for row in WeightMap(run.family.weights).unused:
         shape = tuple(extents(row.extents, run.shape.fields))
-        names = [name for name in row.hf if name in layout] if layout is not None else [row.hf[0]]
+        known = [fill(name, run.shape.layers - 1, None) for name in row.hf]
+        names = [name for name in known if name in layout] if layout is not None else known[:1]
         found |= dict.fromkeys(names, shape)
     return found
 

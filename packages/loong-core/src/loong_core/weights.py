@@ -64,7 +64,7 @@ def drop(hf: str) -> Weight:
 
 def unused(hf: str, *extents: str | int) -> Weight:
     """A tensor of shape `extents` that no computation uses, but that public loaders insist on: read past, and written
-    as the source had it, or as zeros."""
+    as the source had it, or as zeros. `*` is the last layer."""
     return Weight(role="", hf=(hf,), verb="unused", extents=extents)
 
 

@@ -1,8 +1,8 @@
 """Runs in LeRobot's interpreter: what its Pi0.5 policy computes, at sizes a test can afford.
 
-`python pi05_peer.py compute FOLDER` reads `FOLDER/case.json` (sizes), draws weights and a batch, and writes
+`python pi05_peer.py compute FOLDER...` reads `case.json` (sizes) in each, draws weights and a batch, and writes
 `checkpoint/` (as LeRobot saves it), `batch.safetensors` and `results.safetensors`. `python pi05_peer.py sample FOLDER
-CHECKPOINT` opens another checkpoint of the same sizes and writes `sampled.safetensors` for the same batch.
+CHECKPOINT...` opens other checkpoints of the same sizes and writes `sampled.safetensors` into each, for the same batch.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import torch
 from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.policies.pi05.configuration_pi05 import PI05Config
 from safetensors.torch import load_file, save_file
+
+build_language, build_expert = peer.PaliGemmaForConditionalGenerationWithPiGemma, peer.PiGemmaForCausalLM
 
 
 def shrink(sizes):
@@ -46,7 +48,6 @@ def shrink(sizes):
         config.vocab_size = sizes["vocabulary"]
         return build_expert(config=config)
 
-    build_language, build_expert = peer.PaliGemmaForConditionalGenerationWithPiGemma, peer.PiGemmaForCausalLM
     peer.get_gemma_config = gemma
     peer.PaliGemmaForConditionalGenerationWithPiGemma, peer.PiGemmaForCausalLM = language, expert
 
@@ -122,17 +123,23 @@ def sample(policy, batch, case):
     return policy.model.sample_actions(*inputs(batch), noise=batch["noise"], num_steps=case["steps"])
 
 
-def main(task, folder, *rest):
-    folder = Path(folder)
-    case = json.loads((folder / "case.json").read_text())
+def prepare(folder):
+    case = json.loads((Path(folder) / "case.json").read_text())
     shrink(case["sizes"])
+    return case
+
+
+def main(task, folder, *rest):
     if task == "compute":
-        compute(folder, case)
+        for each in (folder, *rest):
+            compute(Path(each), prepare(each))
         return
-    policy = peer.PI05Policy.from_pretrained(rest[0], config=configuration(case), local_files_only=True)
-    batch = load_file(folder / "batch.safetensors")
-    found = {"sampled": sample(policy, batch, case)}
-    save_file(found, folder / "sampled.safetensors")
+    case = prepare(folder)
+    batch = load_file(Path(folder) / "batch.safetensors")
+    for checkpoint in rest:
+        # The policy prints what fails to load and goes on with random weights: samples then differ.
+        policy = peer.PI05Policy.from_pretrained(checkpoint, config=configuration(case), local_files_only=True)
+        save_file({"sampled": sample(policy, batch, case)}, Path(checkpoint) / "sampled.safetensors")
 
 
 if __name__ == "__main__":
