@@ -1,0 +1,83 @@
+"""What the towers and the action head of GR00T share: attention without positions, norms and MLPs with biases.
+
+Parameters are registered from outside, by role (`loong_vla.groot.build`); the annotations say which ones a block has.
+Shape legend: b batch, s rows, k keys, n width, h heads, d head size.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor, nn
+
+
+class Block(nn.Module):
+    """A pre-norm block with self-attention in which every row sees every key: x [b,s,n] -> [b,s,n].
+
+    `turn` rotates queries and keys [b,h,s,d]; `keys` [b,s] says which rows may be seen (None: all). With `dropout`,
+    both branches are dropped as in diffusers' blocks: attention's output twice, the MLP inside and at its end.
+    """
+
+    norm1: Tensor
+    norm1_bias: Tensor
+    qkv: Tensor
+    qkv_bias: Tensor
+    out: Tensor
+    out_bias: Tensor
+    norm2: Tensor
+    norm2_bias: Tensor
+    up: Tensor
+    up_bias: Tensor
+    down: Tensor
+    down_bias: Tensor
+
+    def __init__(self, heads: int, epsilon: float, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.heads, self.epsilon, self.dropout = heads, epsilon, dropout
+
+    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor] | None = None, keys: Tensor | None = None) -> Tensor:
+        rate = self.dropout if self.training else 0.0
+        mixed = functional.linear(norm(x, self.norm1, self.norm1_bias, self.epsilon), self.qkv, self.qkv_bias)
+        query, key, value = heads_first(mixed, 3, self.heads)
+        if angles is not None:
+            query, key = turned(query, *angles), turned(key, *angles)
+        seen = attend(query, key, value, keys)
+        x = x + dropped(functional.linear(seen, self.out, self.out_bias), twice(rate))
+        inner = functional.linear(norm(x, self.norm2, self.norm2_bias, self.epsilon), self.up, self.up_bias)
+        inner = dropped(functional.gelu(inner, approximate="tanh"), rate)
+        return x + dropped(functional.linear(inner, self.down, self.down_bias), rate)
+
+
+def norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, epsilon: float) -> Tensor:
+    """Layer norm over the last dim."""
+    return functional.layer_norm(x, x.shape[-1:], weight, bias, epsilon)
+
+
+def heads_first(mixed: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
+    """[b,s,parts*h*d] -> `parts` views [b,h,s,d]."""
+    b, s, _ = mixed.shape
+    return mixed.view(b, s, parts, heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, keys: Tensor | None) -> Tensor:
+    """query [b,h,s,d], key and value [b,h,k,d], keys [b,k] bool (None: all are seen) -> [b,s,h*d]."""
+    mask = None if keys is None else keys[:, None, None, :]
+    out = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    return out.transpose(1, 2).flatten(2)
+
+
+def turned(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """x [b,h,s,d] rotated in pairs (i, i + d/2), computed in float32; cosine and sine [s,d]."""
+    wide = x.float()
+    first, second = wide.chunk(2, dim=-1)
+    return (wide * cosine + torch.cat((-second, first), dim=-1) * sine).to(x.dtype)
+
+
+def dropped(x: Tensor, rate: float) -> Tensor:
+    """Dropout where there is a rate."""
+    return functional.dropout(x, rate) if rate else x
+
+
+def twice(rate: float) -> float:
+    """The rate of one dropout that does what two of `rate` in a row do."""
+    return 1.0 - (1.0 - rate) ** 2

@@ -1,0 +1,203 @@
+"""GR00T N1.7 against LeRobot's: the same prediction, loss, gradients and samples, and checkpoints that go both ways."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from loong_core.ops import OPS, bind
+from loong_core.precision import POLICIES
+from loong_core.types import OpRequest
+from loong_core.weights import WeightMap, verb_of
+from loong_vla.groot import Groot, build
+from loong_vla.groot_shape import describe
+from loong_vla.models.groot import GROOT_N17
+
+PEER = os.environ.get("LOONG_LEROBOT_PYTHON")
+SCRIPT = Path(__file__).parent / "parity" / "groot_peer.py"
+BACKBONE: dict[str, Any] = {
+    "image_token_id": 3,
+    "video_token_id": 4,
+    "vision_start_token_id": 1,
+    "vision_end_token_id": 2,
+    "tie_word_embeddings": True,
+    "text_config": {
+        **{"hidden_size": 48, "intermediate_size": 40, "num_attention_heads": 4, "num_key_value_heads": 2},
+        **{
+            "head_dim": 12,
+            "num_hidden_layers": 5,
+            "vocab_size": 53,
+            "rms_norm_eps": 1e-6,
+            "model_type": "qwen3_vl_text",
+        },
+        "rope_scaling": {"mrope_interleaved": True, "mrope_section": [2, 2, 2], "rope_type": "default"},
+        **{"rope_theta": 5000000, "tie_word_embeddings": True, "attention_bias": False, "hidden_act": "silu"},
+    },
+    "vision_config": {
+        **{"depth": 3, "hidden_size": 32, "num_heads": 2, "intermediate_size": 44, "out_hidden_size": 48},
+        **{"patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2, "num_position_embeddings": 25},
+        **{"deepstack_visual_indexes": [0, 2], "hidden_act": "gelu_pytorch_tanh", "model_type": "qwen3_vl"},
+    },
+}
+BASE: dict[str, Any] = {
+    **{"backbone_embedding_dim": 48, "select_layer": 3, "hidden_size": 20, "input_embedding_dim": 32},
+    **{"max_state_dim": 11, "max_action_dim": 9, "action_horizon": 7, "max_num_embodiments": 5, "max_seq_len": 16},
+    **{"image_target_size": [16, 16], "image_crop_size": [14, 14], "state_dropout_prob": 0.0},
+    "diffusion_model_cfg": {
+        **{"positional_embeddings": None, "num_layers": 7, "num_attention_heads": 4, "attention_head_dim": 8},
+        **{"norm_type": "ada_norm", "dropout": 0.0, "final_dropout": True, "output_dim": 20},
+        "interleave_self_attention": True,
+    },
+    "vl_self_attention_cfg": {
+        **{"positional_embeddings": None, "num_layers": 2, "num_attention_heads": 4, "attention_head_dim": 12},
+        **{"dropout": 0.0, "final_dropout": True},
+    },
+}
+CASES: dict[str, dict[str, Any]] = {
+    "uneven": {
+        **{"seed": 1, "cameras": 3, "image": [16, 24], "camera_mask": [[1, 1, 0], [0, 1, 0], [1, 1, 1]]},
+        **{"words": [5, 9, 4], "more_padding": 3, "real_steps": [7, 3, 5], "real_actions": 6, "embodiment": [4, 1, 4]},
+        **{"backbone": BACKBONE, "base": BASE, "tune": {}, "embodiments": [1, 4]},
+    },
+    "even": {
+        **{"seed": 2, "cameras": 2, "image": [16, 16], "camera_mask": [[1, 1], [1, 1]]},
+        **{"words": [6, 6], "more_padding": 0, "real_steps": [7, 7], "real_actions": 9, "embodiment": [3, 3]},
+        **{"backbone": BACKBONE, "base": BASE, "tune": {"tune_top_llm_layers": 2}, "embodiments": [3]},
+    },
+    "all": {
+        **{"seed": 3, "cameras": 1, "image": [24, 16], "camera_mask": [[1], [1], [1]]},
+        **{"words": [3, 8, 2], "more_padding": 0, "real_steps": [7, 2, 7], "real_actions": 2, "embodiment": [0, 1, 2]},
+        **{"backbone": BACKBONE, "base": {**BASE, "vl_self_attention_cfg": {"num_layers": 0}}},
+        **{"tune": {"tune_llm": True, "tune_visual": True}, "embodiments": None},
+    },
+}
+TOLERANCE = 1e-4
+SINGLE = "model.safetensors"
+
+
+class Computed(NamedTuple):
+    """A case as LeRobot computed it."""
+
+    case: dict[str, Any]
+    folder: Path
+    batch: dict[str, Tensor]
+    results: dict[str, Tensor]
+
+
+@pytest.fixture(scope="module", params=CASES)
+def peer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Computed:
+    case = CASES[request.param]
+    folder = tmp_path_factory.mktemp(request.param)
+    (folder / "case.json").write_text(json.dumps(case))
+    ask_peer("compute", folder)
+    batch, results = (load_file(folder / f"{name}.safetensors") for name in ("batch", "results"))
+    return Computed(case, folder, batch, results)
+
+
+def ask_peer(*words: str | Path) -> None:
+    if PEER is None:
+        pytest.skip("LOONG_LEROBOT_PYTHON names no interpreter that has lerobot (nox session `parity` makes one)")
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
+    done = subprocess.run([PEER, SCRIPT, *words], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def config_of(computed: Computed, kind: str = "checkpoint", **more: Any) -> dict[str, Any]:
+    written = json.loads((computed.folder / kind / "config.json").read_text())
+    own = {} if kind == "checkpoint" and computed.case["embodiments"] is None else {}
+    embodiments = computed.case["embodiments"] or list(range(BASE["max_num_embodiments"]))
+    return {**written, **own, "embodiments": embodiments, **more}
+
+
+def build_model(config: dict[str, Any]) -> Groot:
+    ops = bind(OPS, OpRequest("cpu", "float32", {}, {}), {})
+    context = SimpleNamespace(ops=ops, precision=POLICIES[0], device="cpu")
+    return build(describe(GROOT_N17, config), context)[0]  # type: ignore[arg-type]
+
+
+def load_rows(model: Groot, tensors: dict[str, Tensor]) -> set[str]:
+    """Fill the model by the family's rows; returns the names of tensors used."""
+    weights, used = WeightMap(GROOT_N17.weights), set()
+    for parameter in model.local_parameters():
+        spec = parameter.spec
+        row = next(row for row in weights.candidates(spec) if all(name in tensors for name in row.hf))
+        parts = [tensors[name] if row.verb != "stack" else tensors[name][spec.expert] for name in row.hf]
+        parameter.assign(verb_of(row).pack(parts, model.shape.fields))
+        used.update(row.hf)
+    return used
+
+
+def loaded(computed: Computed, **more: Any) -> Groot:
+    model = build_model(config_of(computed, **more))
+    load_rows(model, load_file(computed.folder / "checkpoint" / SINGLE))
+    return model
+
+
+def loss_of(model: Groot, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    prediction = model(batch)
+    error = (prediction - model.target(batch)).square()
+    return prediction, (error * batch["action_mask"]).sum() / batch["action_mask"].sum()
+
+
+def test_prediction_loss_and_every_gradient(peer: Computed) -> None:
+    """With padding seen as the peer sees it, in one batch; what is frozen has no gradient."""
+    model = loaded(peer, padding_as_keys=True)
+    prediction, loss = loss_of(model, peer.batch)
+    torch.testing.assert_close(prediction, peer.results["prediction"], rtol=TOLERANCE, atol=TOLERANCE)
+    torch.testing.assert_close(loss, peer.results["loss"], rtol=TOLERANCE, atol=0.0)
+    loss.backward()
+    theirs = {name.partition("/")[2]: grad for name, grad in peer.results.items() if name.startswith("gradient/")}
+    left = dict(theirs)
+    weights = WeightMap(GROOT_N17.weights)
+    for parameter in model.local_parameters():
+        spec, ours = parameter.spec, parameter.gradient
+        row = next(row for row in weights.candidates(spec) if row.hf[0].startswith("_groot_model."))
+        if spec.frozen:
+            assert ours is None and not parameter.trained.requires_grad, spec.role
+            if row.verb == "stack":
+                assert not theirs[row.hf[0]][spec.expert].any(), "LeRobot trained a slot that no sample has"
+            else:
+                assert not any(name in theirs for name in row.hf), spec.role
+            continue
+        if all(name not in theirs for name in row.hf):
+            assert ours is None or not ours.any(), spec.role
+            continue
+        assert ours is not None, spec.role
+        for name, mine in zip(row.hf, verb_of(row).unpack(ours, model.shape.fields), strict=True):
+            left.pop(name, None)
+            grad = theirs[name] if row.verb != "stack" else theirs[name][spec.expert]
+            # The biases of keys cancel in the softmax: what is left there is rounding.
+            scale = torch.tensor(0.01) if name.endswith("to_k.bias") else grad.norm()
+            assert (mine - grad).norm() <= TOLERANCE * scale, (name, float((mine - grad).norm()), float(scale))
+    assert not left
+
+
+def test_padding_is_nobodys_key(peer: Computed) -> None:
+    """By default every sample has the prediction it has alone, however long the others are."""
+    model = loaded(peer)
+    with torch.no_grad():
+        torch.testing.assert_close(model(peer.batch), peer.results["alone"], rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def test_samples(peer: Computed) -> None:
+    alone, together = (loaded(peer, padding_as_keys=seen).sample(peer.batch) for seen in (False, True))
+    torch.testing.assert_close(together, peer.results["sampled"], rtol=TOLERANCE, atol=TOLERANCE)
+    torch.testing.assert_close(alone, peer.results["sampled_alone"], rtol=TOLERANCE, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "base"])
+def test_every_tensor_is_used_or_known_to_be_unused(peer: Computed, kind: str) -> None:
+    tensors = load_file(peer.folder / kind / SINGLE)
+    model = build_model(config_of(peer, kind))
+    used, weights = load_rows(model, tensors), WeightMap(GROOT_N17.weights)
+    twins = set(weights.twins(model.shape.parameters[0]))
+    assert not [name for name in tensors if name not in used | twins and not weights.is_dropped(name)]
