@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 class BuildContext:
     """Everything a builder may know of the run; it asks no global state.
 
-    `layers` satisfies megatron-core's `BackendSpecProvider`; `groups` is its `ProcessGroupCollection`. `chunks` holds,
-    for every pipeline chunk of this rank in order, the global indices of its layers. The chunk with `first[i]` owns
+    `layers` satisfies megatron-core's `BackendSpecProvider`; `groups` is its `ProcessGroupCollection`; both are None
+    under the torch engine. `chunks` holds, for every pipeline chunk of this rank in order, the global indices of its
+    layers. The chunk with `first[i]` owns
     the embedding, the one with `last[i]` the final norm and the head. `dispatch` is how tokens reach experts on other
     ranks (`MegatronOptions`).
     """
@@ -62,11 +63,36 @@ class Chunk(Protocol):
         all ranks that share the micro-batch, empty where there are none. Called after `forward` on the last chunk."""
 
 
+class WholeModel(Protocol):
+    """A model that the torch engine trains: one `nn.Module`, whole, which is sharded once its weights are loaded.
+
+    A model may also have `packing(batch) -> tensors to add`: called with each micro-batch on the CPU, before it goes to
+    the device, so that lengths which depend on the data are known without waiting for the device.
+    """
+
+    def forward(self, batch: Batch) -> Tensor:
+        """What the task's loss takes."""
+
+    def units(self) -> list[Any]:
+        """Blocks in the order of execution, none inside another: what is sharded, compiled and computed again as one.
+        Their parameters are read within their own `forward` alone."""
+
+    def local_parameters(self) -> Iterable[LocalParameter]:
+        """Every parameter with its `ParameterSpec`, a tied one once."""
+
+    def auxiliary_losses(self) -> dict[str, Tensor]:
+        """As those of `Chunk`."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class LossContext:
-    """What a task's loss may know: the bound ops, the tensor-parallel group of the output, the true vocabulary."""
+    """What a task's loss may know: the bound ops, the tensor-parallel group of the output, the true vocabulary.
+
+    `model` is the module that made the output, under the torch engine; the megatron engine leaves it None.
+    """
 
     ops: Ops
     tensor_group: Any
     vocabulary: int
     plan: ParallelPlan
+    model: Any = None
