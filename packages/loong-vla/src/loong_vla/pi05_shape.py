@@ -57,17 +57,18 @@ def resolve(family: ModelFamily, config: Mapping[str, Any]) -> dict[str, Any]:
     if refused:
         raise Unsupported(refused)
     for key, prefix in (("prefix_variant", ""), ("expert_variant", "expert_")):
-        name = fields.pop(key)
-        if name not in VARIANTS:
-            known = ", ".join(VARIANTS)
-            problems.append(f"config.json: there is no Gemma variant {name!r}. Allowed: {known}.")
+        name = fields.pop(key, None)
+        if not isinstance(name, str) or name not in VARIANTS:
+            if name is not None:
+                known = ", ".join(VARIANTS)
+                problems.append(f"config.json: there is no Gemma variant {name!r}. Allowed: {known}.")
             continue
         for size, value in VARIANTS[name].items():
             if not prefix or size not in _SHARED:
                 fields[prefix + size] = value
             elif not problems and fields[size] != value:
                 problems.append(f"config.json: both transformers need the same {size}: {fields[size]} and {value}.")
-    problems += _apply_sizes(fields, config.get("sizes") or {})
+    problems += [] if problems else _apply_sizes(fields, config.get("sizes") or {})
     if not problems:
         problems = _kind_problems(fields) or _relations(fields)
     if problems:
