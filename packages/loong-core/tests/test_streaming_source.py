@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from loong_core.cli import run
 from loong_core.data.prepare import encoder_of, rows_of
 from loong_core.errors import RecipeError, RunError
 from loong_core.findings import Findings
@@ -195,18 +197,89 @@ def held(run: Any) -> tuple[Checkpoints, list[int]]:
 
 @pytest.mark.parametrize(("every", "told"), [(2, "is saved in"), (None, "is not saved, because checkpoint.every")])
 def test_data_that_gives_out_ends_the_run_after_a_checkpoint(tmp_path: Path, every: int | None, told: str) -> None:
-    run, report = running(tmp_path, every), Report()
-    data = worker._stream(run, None)
-    assert isinstance(data, Frames) and data.replica == 3
-    checkpoints, saved = held(run)
+    going, report = running(tmp_path, every), Report()
+    frames = worker._stream(going, None)
+    assert isinstance(frames, Frames) and frames.replica == 3
+    checkpoints, saved = held(going)
     with pytest.raises(RunError, match=f"episode 3: 5 frames do not decode.* stopped after step 3, which {told}"):
-        loop.train(run, Engine(), data, checkpoints, report)  # type: ignore[arg-type]
+        loop.train(going, Engine(), frames, checkpoints, report)  # type: ignore[arg-type]
     assert [row["step"] for row in report.rows] == [1, 2, 3]
     assert saved == ([2, 3, -1] if every else [-1])
 
 
 def test_a_task_adds_figures_to_an_evaluation(tmp_path: Path) -> None:
-    run, report = running(tmp_path, None, run={"steps": 2}, data={"source": "robot", "eval": {}}), Report()
-    loop.train(run, Engine(), Frames(), held(run)[0], report)  # type: ignore[arg-type]
+    going, report = running(tmp_path, None, run={"steps": 2}, data={"source": "robot", "eval": {}}), Report()
+    loop.train(going, Engine(), Frames(), held(going)[0], report)  # type: ignore[arg-type]
     first, last = report.rows
     assert "eval_mae" not in first and last["eval_mae"] == 0.25 and last["eval_loss"] == 0.5
+
+
+# ---------------------------------------------------------------------------------------------------- `loong data`
+PLUGIN = """
+from pathlib import Path
+from loong_core.hookspecs import hookimpl
+from loong_core.types import DataSource
+
+
+def claims(path):
+    return (path / "robot.json").is_file()
+
+
+def check(path, options):
+    return []
+
+
+def report(path, options, thorough, picture):
+    if picture is not None:
+        picture.write_bytes(b"PNG")
+    problems = ["episode 3: its video ends after frame 7"] if thorough else []
+    table = {"columns": ["camera", "frames"], "rows": [["top", 8], ["wrist", 9]]}
+    return {"facts": [["episodes", "4"]], "tables": [table], "problems": problems, "seen": str(path)}
+
+
+@hookimpl
+def loong_data_sources():
+    here = "robot_plugin"
+    return [DataSource(name="robots", check=f"{here}:check", stream=f"{here}:claims", report=f"{here}:report",
+                       claims=f"{here}:claims")]
+"""
+
+
+@pytest.fixture
+def episodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    Path("robot_plugin.py").write_text(PLUGIN)
+    monkeypatch.setenv("LOONG_PLUGIN_FILES", "robot_plugin.py")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "robot_plugin", raising=False)
+    Path("demo").mkdir()
+    Path("demo/robot.json").touch()
+    return Path("demo")
+
+
+def data(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    code = run(["data", *words])
+    printed = capsys.readouterr()
+    return code, printed.out, printed.err
+
+
+def test_a_source_reports_on_its_own_data(episodes: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = data(capsys, "inspect", "demo")
+    assert code == 0 and "episodes  4" in out and "problems" not in out
+    assert [line.split() for line in out.splitlines()[-2:]] == [["top", "8"], ["wrist", "9"]]
+    code, out, _ = data(capsys, "check", "demo", "--contact-sheet", "sheet.png")
+    assert code == 2 and "episode 3: its video ends after frame 7" in out
+    assert Path("sheet.png").read_bytes() == b"PNG"
+    code, out, _ = data(capsys, "check", "demo", "--json")
+    assert code == 2 and json.loads(out)["seen"] == "demo"
+
+
+def test_words_that_have_no_meaning_for_it_are_refused(episodes: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = data(capsys, "check", "demo", "--seq-len", "8")
+    assert code == 2 and "--seq-len would be ignored" in err
+    Path("recipe.yaml").write_text("data: {source: robots, path: demo}\n")
+    code, _, err = data(capsys, "pack", "recipe.yaml")
+    assert code == 2 and "nothing to tokenise" in err
+    Path("rows.jsonl").write_text('{"text": "a"}\n')
+    code, _, err = data(capsys, "check", "rows.jsonl", "--contact-sheet", "x.png")
+    assert code == 2 and "--contact-sheet: the source jsonl holds no images" in err

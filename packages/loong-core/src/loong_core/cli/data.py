@@ -24,6 +24,7 @@ Source = Annotated[str | None, typer.Option(help="Data source of a data path. De
 Task = Annotated[str | None, typer.Option(help="Task for a data path. Default: sft for conversations, else pretrain.")]
 Tokenizer = Annotated[Path | None, typer.Option(help="Tokenizer folder for a data path.")]
 SeqLen = Annotated[int | None, typer.Option(min=1, help="Tokens per row for a data path.")]
+ContactSheet = Annotated[Path | None, typer.Option(help="PNG to write: frames of every camera, for a look at them.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -44,6 +45,9 @@ def inspect(
       loong data inspect chats.jsonl --tokenizer models/Qwen3-0.6B
     """
     recipe, registry = _recipe(target, overrides, source=source, task=task, tokenizer=tokenizer)
+    if (report := _call("report", recipe, registry, False, None)) is not None:
+        _show_report(report, json)
+        return
     _stop_on_problems(recipe, registry)
     found = _call("inspect", recipe, registry)
     if json:
@@ -85,16 +89,21 @@ def check(
     task: Task = None,
     tokenizer: Tokenizer = None,
     seq_len: SeqLen = None,
+    contact_sheet: ContactSheet = None,
     json: Json = False,
 ) -> None:
-    """Read all data as training would; exit code 2 where a row cannot be used.
+    """Read all data as training would; exit code 2 where a row, or a frame, cannot be used.
 
     \b
     Examples:
       loong data check recipe.yaml data.seq_len=8192
       loong data check chats.jsonl --tokenizer models/Qwen3-0.6B --seq-len 4096
+      loong data check episodes --contact-sheet frames.png
     """
     recipe, registry = _recipe(target, overrides, source=source, task=task, tokenizer=tokenizer, seq_len=seq_len)
+    if (report := _call("report", recipe, registry, True, contact_sheet)) is not None:
+        _show_report(report, json)
+        return
     with tempfile.TemporaryDirectory(prefix="loong-data-") as folder:
         found = _call("check", recipe, registry, Path(folder))
     if json:
@@ -152,6 +161,23 @@ def _stop_on_problems(recipe: Any, registry: Any) -> None:
 
     if problems := _call("problems", recipe, registry):
         raise DataError(problems)
+
+
+def _show_report(report: dict[str, Any], json: bool) -> None:
+    """What a source says of its own data; exit code 2 where it found a problem."""
+    if json:
+        output.as_json(report)
+    else:
+        output.pairs([(str(name), str(text)) for name, text in report.get("facts", ())])
+        for found in report.get("tables", ()):
+            output.say()
+            output.table(found["columns"], [[str(cell) for cell in row] for row in found["rows"]])
+        if report.get("problems"):
+            output.say("\nproblems")
+        for problem in report.get("problems", ()):
+            output.say(f"  {problem}")
+    if report.get("problems"):
+        raise typer.Exit(2)
 
 
 def _spread(name: str, values: dict[str, float] | None) -> list[tuple[str, str]]:

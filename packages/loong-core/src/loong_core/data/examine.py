@@ -46,7 +46,11 @@ def target(argument: str, overrides: list[str], settings: Mapping[str, Any], reg
         return load(argument, overrides, registry).recipe
     if overrides:
         raise UserError(f"{argument} is data, not a recipe; there is nothing to override with {' '.join(overrides)!r}.")
-    source = given.get("source") or _guess_source(path)
+    source = given.get("source") or _guess_source(path, registry)
+    if registry.get("data_sources", source).report is not None:
+        if ignored := [f"--{name.replace('_', '-')}" for name in given if name != "source"]:
+            raise UserError(f"{argument} is data of the source {source}; {', '.join(ignored)} would be ignored.")
+        return from_mapping({"data": {"path": str(path), "source": source}})
     data = {"path": str(path), "source": source}
     data.update({name: given[name] for name in ("tokenizer", "seq_len") if name in given})
     recipe = from_mapping({"data": data, "task": {"name": given.get("task")}})
@@ -70,7 +74,10 @@ def _is_recipe(path: Path) -> bool:
     return isinstance(value, dict) and value.keys() <= Recipe.model_fields.keys()
 
 
-def _guess_source(path: Path) -> str:
+def _guess_source(path: Path, registry: Registry) -> str:
+    for source in registry.table("data_sources").values():
+        if source.claims is not None and resolve(source.claims, f"data source {source.name}")(path):
+            return source.name
     files = [path] if path.is_file() else sorted(item for item in path.rglob("*") if item.is_file())
     for file in files:
         suffix = file.with_suffix("").suffix if file.suffix == ".gz" else file.suffix
@@ -89,6 +96,22 @@ def problems(recipe: Recipe, registry: Registry) -> list[str]:
     """What the source's own quick check finds."""
     source = registry.get("data_sources", recipe.data.source)
     return list(resolve(source.check)(recipe.data.path, recipe.data.options))
+
+
+def report(recipe: Recipe, registry: Registry, thorough: bool, picture: Path | None) -> dict[str, Any] | None:
+    """What a source with a report of its own says of the recipe's data (see `DataSource.report`); None where rows of
+    text are to be looked at.
+
+    Raises:
+        UserError: a picture is wanted of data that has none.
+    """
+    source = registry.get("data_sources", recipe.data.source)
+    if source.report is not None:
+        made = resolve(source.report, f"data source {source.name}")
+        return cast("dict[str, Any]", made(recipe.data.path, recipe.data.options, thorough, picture))
+    if picture is not None:
+        raise UserError(f"--contact-sheet: the source {source.name} holds no images. Leave it out.")
+    return None
 
 
 def inspect(recipe: Recipe, registry: Registry) -> dict[str, Any]:
@@ -208,6 +231,8 @@ def packing(recipe: Recipe, cache: Cache) -> dict[str, Any]:
 def pack(recipe: Recipe, registry: Registry, folder: Path) -> dict[str, Any]:
     """Tokenise into the cache that a run of this recipe uses, and say how the samples pack. A tokenizer that has to be
     trained first is put into `folder`; the run trains an equal one."""
+    if registry.get("data_sources", recipe.data.source).reader is None:
+        raise UserError(f"There is nothing to tokenise: the source {recipe.data.source} makes its batches itself.")
     if found := problems(recipe, registry):
         raise DataError(found)
     prepared = prepare(recipe, folder, registry=registry)
