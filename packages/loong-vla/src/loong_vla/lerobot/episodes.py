@@ -6,10 +6,10 @@ from __future__ import annotations
 
 import io
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,9 +17,6 @@ import pyarrow.parquet as pq
 
 from loong_core.errors import DataError
 from loong_vla.lerobot.layout import INDEX_FEATURES, Dataset, Episode, Feature
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 _KEPT_GROUPS = 16
 
@@ -57,7 +54,7 @@ class Columns:
 class DataFile:
     """One parquet file: numbers by column, and where each episode's rows are."""
 
-    def __init__(self, path: Path, features: dict[str, Feature] | Any) -> None:
+    def __init__(self, path: Path, features: Mapping[str, Feature]) -> None:
         self.path = path
         self._features = features
         self._lock = Lock()
@@ -193,8 +190,7 @@ def decode_image(content: bytes, where: str) -> np.ndarray:
 
     try:
         with Image.open(io.BytesIO(content)) as opened:
-            image: Image = ImageOps.exif_transpose(opened)
-            return np.asarray(image.convert("RGB"))
+            return np.asarray(ImageOps.exif_transpose(opened).convert("RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"{where} is not a readable image: {error}.") from None
 

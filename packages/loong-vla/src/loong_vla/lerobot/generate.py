@@ -60,7 +60,7 @@ class _Plan(NamedTuple):
 class _Episode(NamedTuple):
     """One episode as numbers: every array has a row a frame."""
 
-    index: int
+    number: int
     task: int
     begin: int
     state: np.ndarray
@@ -136,7 +136,7 @@ def _episodes(plan: _Plan) -> Iterator[_Episode]:
         action = path[1:] @ mixing
         action[:, -1] = action[:, -1] > 0  # a gripper is open or closed
         yield _Episode(
-            index=index,
+            number=index,
             task=index % len(plan.tasks),
             begin=begin,
             state=path[:-1].astype(np.float32),
@@ -175,12 +175,12 @@ def _write_videos(plan: _Plan, episodes: Sequence[_Episode]) -> dict[tuple[int, 
     for number, camera in enumerate(plan.cameras):
         files: dict[Path, list[_Episode]] = {}
         for episode in episodes:
-            place = plan.place(episode.index)
+            place = plan.place(episode.number)
             files.setdefault(plan.root / _video_path(plan).format(video_key=camera, **place), []).append(episode)
         for file, inside in files.items():
             for episode in inside:
-                pixels[episode.index, camera] = list(_images(plan, episode, number))
-            _encode(file, [image for episode in inside for image in pixels[episode.index, camera]], plan)
+                pixels[episode.number, camera] = list(_images(plan, episode, number))
+            _encode(file, [image for episode in inside for image in pixels[episode.number, camera]], plan)
     return pixels
 
 
@@ -220,7 +220,7 @@ def _numbers(plan: _Plan, episode: _Episode) -> dict[str, np.ndarray]:
         "action": episode.action,
         "timestamp": (frame / plan.fps).astype(np.float32),
         "frame_index": frame,
-        "episode_index": np.full(length, episode.index, np.int64),
+        "episode_index": np.full(length, episode.number, np.int64),
         "index": episode.begin + frame,
         "task_index": np.full(length, episode.task, np.int64),
     }
@@ -262,7 +262,7 @@ def _write_tables(plan: _Plan, tables: Sequence[pa.Table]) -> None:
 def _statistics(plan: _Plan, episode: _Episode, pixels: Mapping[tuple[int, str], list[np.ndarray]]) -> Statistics:
     result = {name: describe(values) for name, values in _numbers(plan, episode).items()}
     for number, camera in enumerate(plan.cameras):
-        images = np.stack(pixels.get((episode.index, camera)) or list(_images(plan, episode, number)))
+        images = np.stack(pixels.get((episode.number, camera)) or list(_images(plan, episode, number)))
         entry = describe(images.reshape(-1, 3))
         result[camera] = {name: (values / 255.0).reshape(3, 1, 1) for name, values in entry.items() if name != "count"}
         result[camera]["count"] = np.array([len(images)])
@@ -321,8 +321,8 @@ def _write_meta_v3(plan: _Plan, episodes: Sequence[_Episode], parts: Sequence[St
     _write_json(meta / "info.json", _info(plan))
     rows = []
     for episode in episodes:
-        length, place = len(episode.state), plan.place(episode.index)
-        row: dict[str, Any] = {"episode_index": episode.index, "tasks": [plan.tasks[episode.task]], "length": length}
+        length, place = len(episode.state), plan.place(episode.number)
+        row: dict[str, Any] = {"episode_index": episode.number, "tasks": [plan.tasks[episode.task]], "length": length}
         row |= {f"data/{key}": value for key, value in place.items()}
         row |= {"dataset_from_index": episode.begin, "dataset_to_index": episode.begin + length}
         first = episodes[place["file_index"] * plan.per_file].begin
@@ -330,7 +330,7 @@ def _write_meta_v3(plan: _Plan, episodes: Sequence[_Episode], parts: Sequence[St
             row |= {f"videos/{camera}/{key}": value for key, value in place.items()}
             row[f"videos/{camera}/from_timestamp"] = (episode.begin - first) / plan.fps
             row[f"videos/{camera}/to_timestamp"] = (episode.begin - first + length) / plan.fps
-        for name, entry in (as_json(parts[episode.index]) if parts else {}).items():
+        for name, entry in (as_json(parts[episode.number]) if parts else {}).items():
             row |= {f"stats/{name}/{key}": value for key, value in entry.items()}
         rows.append({**row, "meta/episodes/chunk_index": 0, "meta/episodes/file_index": 0})
     file = meta / "episodes" / "chunk-000" / "file-000.parquet"
@@ -357,7 +357,7 @@ def _write_meta_v2(plan: _Plan, episodes: Sequence[_Episode], parts: Sequence[St
     meta = plan.root / "meta"
     _write_json(meta / "info.json", _info(plan))
     lines = [
-        {"episode_index": item.index, "tasks": [plan.tasks[item.task]], "length": len(item.state)} for item in episodes
+        {"episode_index": item.number, "tasks": [plan.tasks[item.task]], "length": len(item.state)} for item in episodes
     ]
     _write_lines(meta / "episodes.jsonl", lines)
     _write_lines(meta / "tasks.jsonl", [{"task_index": n, "task": text} for n, text in enumerate(plan.tasks)])

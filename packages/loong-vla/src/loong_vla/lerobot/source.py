@@ -1,5 +1,5 @@
-"""The data source `lerobot` as data: what it recognises, which files it reads. Imports neither numpy nor pyarrow until a
-function is called.
+"""The data source `lerobot` as data: what it recognises, which files it reads. Imports neither numpy nor pyarrow until
+a function is called.
 """
 
 from __future__ import annotations

@@ -110,8 +110,8 @@ def _quantiles(values: np.ndarray, cumulated: np.ndarray) -> np.ndarray:
             result[number] = edges[0]
             continue
         before = cumulated[np.searchsorted(values, edges[bin_])]
-        side = "right" if bin_ == _BINS - 1 else "left"
-        inside = cumulated[np.searchsorted(values, edges[bin_ + 1], side)] - before
+        last = bin_ == _BINS - 1  # the only bin that holds its upper edge
+        inside = cumulated[np.searchsorted(values, edges[bin_ + 1], "right" if last else "left")] - before
         result[number] = edges[bin_] + (wanted - before) / inside * (edges[bin_ + 1] - edges[bin_])
     return result
 

@@ -5,7 +5,7 @@ are decoded in one go. Colours are PyAV's conversion to `rgb24`, the one lerobot
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -68,6 +68,23 @@ class Decoder:
         """The video stream, for what its header says."""
         return self._stream
 
+    def packet_times(self) -> np.ndarray:
+        """Seconds at which the frames of the whole file are shown, ascending: read from its packets, nothing decoded.
+
+        Raises:
+            FrameError: the packets cannot be read.
+        """
+        self._frames = None
+        try:
+            self._container.seek(0, stream=self._stream)
+            packets = self._container.demux(self._stream)
+            shown = [
+                packet.pts for packet in packets if packet.pts is not None and packet.size and not packet.is_discard
+            ]
+        except (av.error.FFmpegError, ValueError) as error:
+            raise FrameError(f"`{self.path}` cannot be read: {error}.", file=self.path) from None
+        return np.sort(np.array(shown, np.int64)) * float(self._stream.time_base)
+
     def at(self, times: Sequence[float], tolerance: float) -> np.ndarray:
         """The frames shown at `times` (seconds of the file), uint8 [n, height, width, 3].
 
@@ -120,10 +137,10 @@ class Decoder:
         assert self._frames is not None, "nothing was sought"
         frame = next((frame for frame in self._frames if frame.pts is not None), None)
         self._frame, self._pixels = frame, None
-        self._time = None if frame is None else float(frame.pts * self._stream.time_base)
-        if self._time is None:
-            self._frames = None
+        if frame is None:
+            self._time = self._frames = None
             return
+        self._time = float(frame.pts * self._stream.time_base)
         if frame.key_frame:
             self._key_time = self._time
         elif self._key_time is not None:
@@ -148,8 +165,10 @@ class FrameReader:
         self._lock = Lock()
         self._closed = False
 
-    def frames(self, episode: Episode | int, camera: str, when: Sequence[int] | Sequence[float]) -> np.ndarray:
-        """Frames of one camera, uint8 [n, height, width, 3], read-only where they repeat.
+    def frames(
+        self, episode: Episode | int, camera: str, when: Sequence[int] | Sequence[float] | np.ndarray
+    ) -> np.ndarray:
+        """Frames of one camera, uint8 [n, height, width, 3].
 
         `when` are frame numbers of the episode, or (floats) seconds from its beginning.
 
@@ -159,7 +178,7 @@ class FrameReader:
         """
         episode = self._dataset.episode(episode) if isinstance(episode, int) else episode
         feature = self._dataset.features[camera]
-        values = np.asarray(when)
+        values = np.asarray(when if isinstance(when, np.ndarray) else list(when))
         numbers = values.dtype.kind in "iu"
         if feature.dtype == "image":
             rows = values if numbers else np.rint(values * self._dataset.fps).astype(np.int64)
