@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from loong_core.errors import RecipeError, Unsupported, UserError
 from loong_core.ops import OPS, bind
@@ -15,7 +16,7 @@ from loong_core.precision import POLICIES
 from loong_core.types import ModelShape, OpRequest
 from loong_core.weights import WeightMap, verb_of
 from loong_vla.models.pi05 import PI05, presets
-from loong_vla.packing import packing_of
+from loong_vla.packing import PREFIX, packing_of
 from loong_vla.pi05 import FLOAT32, Pi05, build, sinusoids
 from loong_vla.pi05_shape import describe
 
@@ -245,3 +246,20 @@ def test_all_problems_come_together() -> None:
     with pytest.raises(RecipeError) as caught:
         describe(PI05, {"type": "pi05"})
     assert len(caught.value.problems) == 4
+
+
+def test_on_a_device_a_packed_batch_is_never_waited_for() -> None:
+    """Traced with tensors that have a device, shapes and no values: whatever asks for a value fails."""
+    model, batch = build_policy(shape_of(), "bf16"), draw_batch()
+    batch |= model.packing(batch)
+    with FakeTensorMode(), torch.no_grad():
+        for module in model.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                fake = torch.empty(parameter.shape, dtype=parameter.dtype, device="cuda")
+                setattr(module, name, torch.nn.Parameter(fake))
+        there = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda") for name, tensor in batch.items()}
+        for result in (model(there), model.sample(there, 3)):
+            assert result.shape == batch["noise"].shape and result.device.type == "cuda"
+        unpacked = {name: tensor for name, tensor in there.items() if not name.startswith(PREFIX)}
+        with pytest.raises(DataDependentOutputException):
+            model(unpacked)
