@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from loong_vla.tasks import TASKS, FlowOptions, loss
 
-CONTEXT: Any = SimpleNamespace()
+CONTEXT: Any = SimpleNamespace(model=SimpleNamespace(target=lambda batch: batch["target"]))
 
 
 def batch_of(samples: int) -> dict[str, torch.Tensor]:

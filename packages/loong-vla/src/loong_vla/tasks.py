@@ -31,10 +31,10 @@ class FlowOptions(BaseModel):
 
 
 def loss(output: Tensor, batch: Batch, context: LossContext) -> LossSum:
-    """Summed squared error of the velocity `output` [b,h,a] against `target` [b,h,a] of the batch where `action_mask`
+    """Summed squared error of the velocity `output` [b,h,a] against the model's target where the batch's `action_mask`
     [b,h,a] counts it, in float32. Source: Lipman et al., 2022 (arXiv 2210.02747)."""
     mask = batch["action_mask"]
-    error = (output.float() - batch["target"]).square()
+    error = (output.float() - context.model.target(batch)).square()
     return LossSum((error * mask).sum(), mask.sum())
 
 
