@@ -316,14 +316,16 @@ def pictures(
 
     def look(job: tuple[str, Episode]) -> tuple[list[str], int]:
         camera, episode = job
-        wanted = range(episode.length) if every else sorted({0, episode.length - 1})
-        count = 0
-        try:
-            for first in range(0, len(wanted), 16):
-                count += len(reader.frames(episode, camera, list(wanted[first : first + 16])))
-        except (DataError, IndexError) as error:
-            return [str(error)], count
-        return [], count
+        wanted = list(range(episode.length)) if every else sorted({0, episode.length - 1})
+        failures: list[str] = []
+        for first in range(0, len(wanted), 16):
+            part = wanted[first : first + 16]
+            try:
+                reader.frames(episode, camera, part)
+            except (DataError, IndexError):
+                failures += filter(None, (_failure(reader, episode, camera, number) for number in part))
+        texts = [f"{failures[0].rstrip('.')} ({len(failures)} such frames)."] if failures else []
+        return texts, len(wanted) - len(failures)
 
     def gaps(item: tuple[str, list[Episode]], camera: str) -> list[str]:
         return _gaps(dataset, camera, *item, tolerance)
@@ -337,6 +339,14 @@ def pictures(
             problems.add("frames that cannot be decoded", texts)
             decoded[camera] += count
     return dict(decoded)
+
+
+def _failure(reader: FrameReader, episode: Episode, camera: str, number: int) -> str | None:
+    try:
+        reader.frames(episode, camera, [number])
+    except (DataError, IndexError) as error:
+        return str(error)
+    return None
 
 
 def _gaps(dataset: Dataset, camera: str, name: str, inside: Sequence[Episode], tolerance: float) -> list[str]:

@@ -143,7 +143,7 @@ class Dataset:
         Raises:
             DataError: a file is missing or damaged, or has not the rows the episode should have.
         """
-        episode = self.episode(episode) if isinstance(episode, int) else episode
+        episode = episode if isinstance(episode, Episode) else self.episode(episode)
         return self._columns.rows(episode, names, start, episode.length if stop is None else stop)
 
     def images(self, episode: Episode | int, camera: str, rows: Sequence[int]) -> np.ndarray:
@@ -152,7 +152,7 @@ class Dataset:
         Raises:
             DataError: as of `columns`.
         """
-        episode = self.episode(episode) if isinstance(episode, int) else episode
+        episode = episode if isinstance(episode, Episode) else self.episode(episode)
         return self._columns.images(episode, camera, rows)
 
     def task(self, episode: Episode | int, frame: int = 0) -> str:
@@ -161,7 +161,7 @@ class Dataset:
         Raises:
             DataError: the row names a task that the dataset does not list.
         """
-        episode = self.episode(episode) if isinstance(episode, int) else episode
+        episode = episode if isinstance(episode, Episode) else self.episode(episode)
         number = int(self.columns(episode, ["task_index"], frame, frame + 1)["task_index"][0])
         try:
             return self.tasks[number]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from loong_core.errors import DataError
 from loong_vla.lerobot.layout import Dataset, Episode
@@ -45,9 +45,7 @@ def contact_sheet(dataset: Dataset, episodes: Sequence[Episode], file: Path, tol
                 draw.line((left, middle, left + _TILE, middle + _TILE), "red", 2)
                 draw.line((left, middle + _TILE, left + _TILE, middle), "red", 2)
             else:
-                image = Image.fromarray(tile)
-                image.thumbnail((_TILE, _TILE))
-                sheet.paste(image, (left, middle))
+                sheet.paste(ImageOps.contain(Image.fromarray(tile), (_TILE, _TILE)), (left, middle))
     file.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(file, format="png")
     return len(chosen)

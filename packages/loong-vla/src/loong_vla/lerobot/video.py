@@ -62,6 +62,7 @@ class Decoder:
         self._frame: Any = None
         self._key_time: float | None = None
         self._key_distance = 0.0
+        self._damaged = False
 
     @property
     def stream(self) -> Any:
@@ -93,25 +94,37 @@ class Decoder:
         """
         order = np.argsort(np.asarray(times, np.float64), kind="stable")
         result: list[np.ndarray | None] = [None] * len(times)
-        try:
-            for number in order.tolist():
-                result[number] = self._at(float(times[number]), tolerance)
-        except (av.error.FFmpegError, ValueError) as error:
-            self._frames = None
-            if isinstance(error, FrameError):
-                raise
-            raise FrameError(f"`{self.path}` cannot be decoded: {error}.", file=self.path) from None
+        for number in order.tolist():
+            result[number] = self._at(float(times[number]), tolerance)
         return np.stack([pixels for pixels in result if pixels is not None])
 
     def _at(self, time: float, tolerance: float) -> np.ndarray:
-        if not self._ahead(time, tolerance):
-            self._seek(time, tolerance)
+        """A frame, decoded on from here where that is shorter. What is damaged on the way must not matter, so failures
+        are tried again from the key frame before, and from an earlier one: some streams refer past key frames."""
+        backs = [0.0, _SEEK_BACK]
+        if self._ahead(time, tolerance):
+            backs.insert(0, -1.0)
+        for back in backs:
+            try:
+                if back >= 0.0:
+                    self._seek(time, tolerance, back)
+                return self._show(time, tolerance)
+            except FrameError as error:
+                failure = error
+            except (av.error.FFmpegError, ValueError) as error:
+                failure = FrameError(f"`{self.path}` cannot be decoded: {error}.", file=self.path)
+            self._frames = None
+        raise failure
+
+    def _show(self, time: float, tolerance: float) -> np.ndarray:
         while self._time is not None and self._time <= time - tolerance:
             self._next()
         if self._time is None or self._time >= time + tolerance:
             shown = "the video ends before" if self._time is None else f"the next one is shown at {self._time:.6f} s"
-            self._frames = None
             raise FrameError(f"`{self.path}` has no frame at {time:.6f} s: {shown}.", file=self.path)
+        if self._damaged:
+            reason = f"the frame at {self._time:.6f} s, or one that it is made of, is not whole"
+            raise FrameError(f"`{self.path}` is damaged: {reason}.", file=self.path)
         if self._pixels is None:
             self._pixels = self._reformatter.reformat(self._frame, format="rgb24").to_ndarray()
         return self._pixels
@@ -122,13 +135,13 @@ class Decoder:
             return False
         return time - self._time <= max(_SEEK_FRAMES * self._period, self._key_distance)
 
-    def _seek(self, time: float, tolerance: float) -> None:
-        """Stop at the first frame of a key frame's group that begins at or before `time`."""
-        base = self._stream.time_base
-        for back in (0.0, _SEEK_BACK, None):
-            offset = 0 if back is None else max(0, int((time - back) / base) - 1)
+    def _seek(self, time: float, tolerance: float, back: float) -> None:
+        """Stop at a key frame at or before `time - back`, or at the first frame of the file."""
+        start = 0 if self._stream.start_time is None else self._stream.start_time
+        for seconds in (back, back + _SEEK_BACK, None):
+            offset = start if seconds is None else max(start, int((time - seconds) / self._stream.time_base) - 1)
             self._container.seek(offset, stream=self._stream, backward=True, any_frame=False)
-            self._frames, self._key_time = self._container.decode(self._stream), None
+            self._frames, self._key_time, self._damaged = self._container.decode(self._stream), None, False
             self._next()
             if self._time is not None and self._time < time + tolerance:
                 return
@@ -141,6 +154,7 @@ class Decoder:
             self._time = self._frames = None
             return
         self._time = float(frame.pts * self._stream.time_base)
+        self._damaged = frame.is_corrupt or (self._damaged and not frame.key_frame)
         if frame.key_frame:
             self._key_time = self._time
         elif self._key_time is not None:
@@ -165,9 +179,7 @@ class FrameReader:
         self._lock = Lock()
         self._closed = False
 
-    def frames(
-        self, episode: Episode | int, camera: str, when: Sequence[int] | Sequence[float] | np.ndarray
-    ) -> np.ndarray:
+    def frames(self, episode: Episode | int, camera: str, when: Iterable[int] | Iterable[float]) -> np.ndarray:
         """Frames of one camera, uint8 [n, height, width, 3].
 
         `when` are frame numbers of the episode, or (floats) seconds from its beginning.
@@ -176,7 +188,7 @@ class FrameReader:
             FrameError: one of them cannot be had; it names file, episode and camera.
             DataError: the rows of the episode cannot be read.
         """
-        episode = self._dataset.episode(episode) if isinstance(episode, int) else episode
+        episode = episode if isinstance(episode, Episode) else self._dataset.episode(episode)
         feature = self._dataset.features[camera]
         values = np.asarray(when if isinstance(when, np.ndarray) else list(when))
         numbers = values.dtype.kind in "iu"
