@@ -125,14 +125,18 @@ def commands(command: Any, words: tuple[str, ...] = ("loong",)) -> Iterator[tupl
 
 
 def command_tree() -> Any:
-    """loong's own command line as a click command, third-party plugins left out."""
+    """loong's own command line as a click command, third-party plugins left out; `loong generate` with its variants."""
     import typer.main
 
     from loong_core import plugins
-    from loong_core.cli import build
+    from loong_core.cli import build, generate
     from loong_core.registry import Registry
 
-    return typer.main.get_command(build(Registry(plugins.load(environ={"LOONG_PLUGINS": "llm,ckpt,ops"}))))
+    registry = Registry(plugins.load(environ={"LOONG_PLUGINS": "llm,vla,ckpt,ops"}))
+    tree = typer.main.get_command(build(registry))
+    variants = {f"generate ({names})": command for names, command in generate.variants(registry).items()}
+    tree.commands |= variants  # type: ignore[attr-defined]
+    return tree
 
 
 def commands_page() -> str:
@@ -142,8 +146,9 @@ def commands_page() -> str:
     for words, command in commands(command_tree()):
         if hasattr(command, "commands"):
             continue
+        called = [word.split(" (")[0] for word in words]
         arguments = [_metavar(item) for item in command.params if item.param_type_name == "argument"]
-        lines += [f"## {' '.join(words)}\n", f"```console\n{' '.join([*words, '[OPTIONS]', *arguments])}\n```\n"]
+        lines += [f"## {' '.join(words)}\n", f"```console\n{' '.join([*called, '[OPTIONS]', *arguments])}\n```\n"]
         lines.append(_help(command.help) + "\n")
         options = [item for item in command.params if item.param_type_name == "option" and not item.hidden]
         if options:

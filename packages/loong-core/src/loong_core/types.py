@@ -159,8 +159,9 @@ class Task:
     (`tokens`, and `targets` already shifted, -100 = not counted); tasks on the batches of a source with a `stream` have
     none. `loss(output, batch, context) -> LossSum` runs on the ranks that hold the model's output. `options` is a
     pydantic model. `evaluate(run, engine, data) -> dict of numbers` is called on every rank where an evaluation is due,
-    after the held-out loss; what it returns is reported beside `eval_loss`. `counts` is what the loss is a mean over,
-    in words.
+    after the held-out loss; what it returns is reported beside `eval_loss`. `generate` is the function behind `loong
+    generate` for models of the task, a command as typer takes them whose first argument is the model's folder. `counts`
+    is what the loss is a mean over, in words.
     """
 
     name: str
@@ -168,6 +169,7 @@ class Task:
     loss: Ref
     options: Ref | None = None
     evaluate: Ref | None = None
+    generate: Ref | None = None
     counts: str = "tokens"
     summary: str = ""
 

@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING
 from loong_core.hookspecs import hookimpl
 
 if TYPE_CHECKING:
-    import typer
-
     from loong_core.types import ModelFamily, RecipeFolder, Task
 
 
@@ -39,11 +37,3 @@ def loong_recipes() -> Iterable[RecipeFolder]:
     from loong_core.types import RecipeFolder
 
     return [RecipeFolder(name="loong_llm", path=Path(__file__).parent / "recipes")]
-
-
-@hookimpl
-def loong_cli_commands(group: typer.Typer) -> None:
-    """`loong generate`."""
-    from loong_llm.generate import generate
-
-    group.command("generate")(generate)

@@ -66,6 +66,7 @@ def _task(name: str, options: type[_Options], summary: str) -> Task:
         encoder=f"loong_llm.data:{name}",
         loss="loong_llm.tasks:loss",
         options=f"loong_llm.tasks:{options.__name__}",
+        generate="loong_llm.generate:generate",
         summary=summary,
     )
 

@@ -22,7 +22,7 @@ OVERRIDES = {"ignore_unknown_options": True}
 
 def build(registry: Registry) -> typer.Typer:
     """The command line with the commands of all plugins."""
-    from loong_core.cli import doctor, models, plan, plugins, recipes, train
+    from loong_core.cli import doctor, generate, models, plan, plugins, recipes, train
 
     app = typer.Typer(
         name="loong",
@@ -40,6 +40,7 @@ def build(registry: Registry) -> typer.Typer:
     app.command("models")(models.models)
     app.command("recipes")(recipes.recipes)
     app.command("schema")(recipes.schema)
+    app.command("generate", context_settings=generate.SETTINGS)(generate.generate)
     for name in ("data", "new"):
         if importlib.util.find_spec(f"loong_core.cli.{name}") is not None:
             app.add_typer(importlib.import_module(f"loong_core.cli.{name}").app, name=name)
