@@ -9,7 +9,24 @@ from typing import TYPE_CHECKING
 from loong_core.hookspecs import hookimpl
 
 if TYPE_CHECKING:
-    from loong_core.types import RecipeFolder
+    from loong_core.types import ModelFamily, RecipeFolder, Task
+
+
+@hookimpl
+def loong_model_families() -> Iterable[ModelFamily]:
+    """Pi0.5 and GR00T."""
+    from loong_vla.models.groot import GROOT_N17
+    from loong_vla.models.pi05 import PI05
+
+    return [PI05, GROOT_N17]
+
+
+@hookimpl
+def loong_tasks() -> Iterable[Task]:
+    """Flow matching on action chunks."""
+    from loong_vla.tasks import TASKS
+
+    return TASKS
 
 
 @hookimpl
