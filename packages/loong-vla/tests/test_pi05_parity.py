@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -24,6 +25,7 @@ from loong_core.types import ModelShape, OpRequest, ParallelPlan
 from loong_core.weights import WeightMap, verb_of
 from loong_vla.models.pi05 import PI05
 from loong_vla.pi05 import Pi05, build
+from loong_vla.prompts import pi05_prompt
 
 PEER = os.environ.get("LOONG_LEROBOT_PYTHON")
 SCRIPT = Path(__file__).parent / "parity" / "pi05_peer.py"
@@ -46,6 +48,13 @@ CASES: dict[str, dict[str, Any]] = {
 }
 TOLERANCE = 1e-4
 SINGLE = "model.safetensors"
+
+
+STATISTICS: dict[str, dict[str, list[float]]] = {
+    "observation.state": {"q01": [-1.0, 0.0, 2.0], "q99": [1.0, 3.0, 2.5], "mean": [0.1, 1.0, 2.2], "count": [40.0]},
+    "action": {"q01": [-2.0, -1.0, 0.0, 1.0], "q99": [2.0, 3.0, 0.5, 4.0], "count": [40.0]},
+}
+GIVEN: dict[str, Any] = {"state": [0.3, 2.9, 2.1], "task": "put_the cup\ndown", "action": [[0.5, -1.0, 0.1, 2.0]]}
 
 
 class Computed(NamedTuple):
@@ -196,13 +205,31 @@ def test_exports_open_in_lerobot(computed: dict[str, Computed], tmp_path: Path) 
             for parameter in model.parameters():
                 assert parameter.grad is not None
                 parameter -= 0.05 * parameter.grad
+        if out == folders[1]:
+            (run.folder / "statistics.json").write_text(json.dumps(STATISTICS))
         hf.save(out, run, trained(model))
         ours[out] = model.sample(peer.batch, peer.case["steps"])
+    (folders[2] / "given.json").write_text(json.dumps(GIVEN))
+    (folders[1] / "given.json").write_text(json.dumps(GIVEN))
     ask_peer("sample", peer.folder, *folders)
     for out, sampled in ours.items():
         theirs = load_file(out / "sampled.safetensors")["sampled"]
         torch.testing.assert_close(sampled, theirs, rtol=TOLERANCE, atol=TOLERANCE)
         assert (theirs - peer.results["sampled"]).abs().max() > 100 * TOLERANCE, "the step changed nothing"
+    assert not (folders[0] / "processed.json").exists()
+    for out in folders[1:]:
+        check_processors(json.loads((out / "processed.json").read_text()))
+
+
+def check_processors(processed: dict[str, Any]) -> None:
+    """What LeRobot's processors of an export make of a robot's numbers is what ours make of them in training."""
+    low, high = (np.array(STATISTICS["observation.state"][name]) for name in ("q01", "q99"))
+    state = (np.array(GIVEN["state"]) - low) / (high - low) * 2 - 1
+    assert processed["prompt"] == [pi05_prompt(GIVEN["task"], state.astype(np.float32))]
+    low, high = (np.array(STATISTICS["action"][name]) for name in ("q01", "q99"))
+    np.testing.assert_allclose(processed["action"], (np.array(GIVEN["action"]) + 1) / 2 * (high - low) + low, 1e-5)
+    cameras = {f"observation.images.camera{index}": [3, 42, 42] for index in range(3)}
+    assert processed["features"] == {**cameras, "observation.state": [3], "action": [4]}
 
 
 def openpi_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -2,7 +2,8 @@
 
 `python pi05_peer.py compute FOLDER...` reads `case.json` (sizes) in each, draws weights and a batch, and writes
 `checkpoint/` (as LeRobot saves it), `batch.safetensors` and `results.safetensors`. `python pi05_peer.py sample FOLDER
-CHECKPOINT...` opens other checkpoints of the same sizes and writes `sampled.safetensors` into each, for the same batch.
+CHECKPOINT...` opens other checkpoints of the same sizes and writes `sampled.safetensors` into each, for the same batch;
+where one has processors, `processed.json` has what they make of a robot's state and of the policy's actions.
 """
 
 from __future__ import annotations
@@ -10,10 +11,13 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import lerobot.policies.pi05.modeling_pi05 as peer
+import lerobot.processor.tokenizer_processor as tokenizers
 import torch
-from lerobot.configs import FeatureType, PolicyFeature
+from lerobot.configs import FeatureType, PolicyFeature, PreTrainedConfig
+from lerobot.policies.factory import make_pre_post_processors
 from lerobot.policies.pi05.configuration_pi05 import PI05Config
 from safetensors.torch import load_file, save_file
 
@@ -123,6 +127,29 @@ def sample(policy, batch, case):
     return policy.model.sample_actions(*inputs(batch), noise=batch["noise"], num_steps=case["steps"])
 
 
+def process(checkpoint):
+    prompts = []
+
+    class Tokenizer:
+        def __call__(self, texts, **options):
+            prompts.extend(texts)
+            shape = (len(texts), options["max_length"])
+            return {"input_ids": torch.zeros(shape).long(), "attention_mask": torch.ones(shape).long()}
+
+    tokenizers.AutoTokenizer = SimpleNamespace(from_pretrained=lambda name: Tokenizer())
+    config = PreTrainedConfig.from_pretrained(checkpoint, local_files_only=True)
+    before, after = make_pre_post_processors(config, pretrained_path=str(checkpoint))
+    given = json.loads((checkpoint / "given.json").read_text())
+    images = {name: torch.rand(feature.shape) for name, feature in config.image_features.items()}
+    before({"observation.state": torch.tensor(given["state"]), "task": given["task"], **images})
+    features = {**config.input_features, **config.output_features}
+    return {
+        "prompt": prompts,
+        "action": after(torch.tensor(given["action"])).tolist(),
+        "features": {name: list(feature.shape) for name, feature in features.items()},
+    }
+
+
 def prepare(folder):
     case = json.loads((Path(folder) / "case.json").read_text())
     shrink(case["sizes"])
@@ -140,6 +167,8 @@ def main(task, folder, *rest):
         # The policy prints what fails to load and goes on with random weights: samples then differ.
         policy = peer.PI05Policy.from_pretrained(checkpoint, config=configuration(case), local_files_only=True)
         save_file({"sampled": sample(policy, batch, case)}, Path(checkpoint) / "sampled.safetensors")
+        if (Path(checkpoint) / "policy_preprocessor.json").is_file():
+            (Path(checkpoint) / "processed.json").write_text(json.dumps(process(Path(checkpoint))))
 
 
 if __name__ == "__main__":

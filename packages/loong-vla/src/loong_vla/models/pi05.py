@@ -89,6 +89,7 @@ PI05 = ModelFamily(
     presets="loong_vla.models.pi05:presets",
     planner="torch",
     task="flow_matching",
+    sidecars="loong_vla.pi05_export:sidecars",
     single_file=True,
     arch={
         **{"vision_hidden": 1152, "vision_ffn": 4304, "vision_layers": 27, "vision_heads": 16, "patch": 14},
