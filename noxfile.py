@@ -5,6 +5,7 @@ Sessions keep their environment between runs. They use uv where it is installed,
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -83,6 +84,26 @@ def e2e(session: nox.Session) -> None:
     """`loong train` from the command line to the export, on the CPU."""
     workspace(session)
     pytest(session, ["tests/e2e"], CPU_ENVIRONMENT)
+
+
+@nox.session
+def parity(session: nox.Session) -> None:
+    """Policies and robot data against LeRobot, in an interpreter of its own: LOONG_LEROBOT_PYTHON, or one made here."""
+    workspace(session)
+    peer = os.environ.get("LOONG_LEROBOT_PYTHON") or str(_lerobot(session))
+    paths = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("packages/loong-vla/tests/test_*parity.py"))
+    pytest(session, paths, {**CPU_ENVIRONMENT, "LOONG_LEROBOT_PYTHON": peer})
+
+
+def _lerobot(session: nox.Session) -> Path:
+    """The interpreter of an environment with LeRobot beside the session's own; made once."""
+    folder = Path(session.virtualenv.location).parent / "lerobot"
+    python = folder / "bin" / "python"
+    if not (folder / "complete").exists():
+        session.run("python", "-m", "venv", "--clear", str(folder))
+        session.run(str(python), "-m", "pip", "install", "--quiet", "-r", "constraints/lerobot.txt", external=True)
+        (folder / "complete").touch()
+    return python
 
 
 @nox.session
