@@ -268,9 +268,10 @@ def _camera_table(
         files = heads.videos.get(name)
         kinds = ", ".join(sorted({f"{head.codec} {head.width} x {head.height}" for head in files or ()}))
         frames = f"{sum(head.frames for head in files):,}" if files is not None else f"{wanted:,}"
-        size = f"{sum(head.size for head in files) / 2**20:,.1f} MiB" if files is not None else "in the tables"
+        size = f"{sum(head.size for head in files) / 2**20:,.2f} MiB" if files is not None else "in the tables"
         count = str(len(files)) if files is not None else "-"
-        rows.append([name, kinds or "images", count, size, frames, f"{wanted:,}", f"{decoded.get(name, 0):,}"])
+        seen = f"{decoded[name]:,}" if name in decoded else "-"
+        rows.append([name, kinds or "images", count, size, frames, f"{wanted:,}", seen])
     columns = ["camera", "kind", "files", "size", "frames", "rows", "decoded"]
     return [{"columns": columns, "rows": rows}] if rows else []
 

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from loong_core.errors import DataError
 from loong_vla.lerobot.layout import INDEX_FEATURES, Dataset, Episode, Feature
+from loong_vla.lerobot.meta import PARQUET_ERRORS
 
 _KEPT_GROUPS = 16
 
@@ -111,7 +112,7 @@ class DataFile:
                 table = file.read(columns=list(names))
         except FileNotFoundError:
             raise DataError(f"`{self.path}` is missing.") from None
-        except (OSError, ValueError) as error:  # pyarrow's own errors derive from these
+        except PARQUET_ERRORS as error:
             raise DataError(f"`{self.path}` is not a readable parquet file: {error}.") from None
         problems = []
         for name in names:
@@ -132,7 +133,7 @@ class DataFile:
             try:
                 column = pq.read_table(self.path, columns=["episode_index"]).column("episode_index")
                 index = _numbers(column, "episode_index", self._features.get("episode_index"))
-            except (OSError, ValueError, KeyError, _RowProblem):
+            except (*PARQUET_ERRORS, KeyError, _RowProblem):
                 index = None
         if problem.row is None:
             return f"{where}: feature `{name}`: {problem.reason}."
@@ -162,7 +163,7 @@ class DataFile:
                     column = self._groups.get((camera, group))
                     if column is None:
                         column = file.read_row_group(group, columns=[camera]).column(camera)
-            except (OSError, ValueError, KeyError) as error:
+            except (*PARQUET_ERRORS, KeyError) as error:
                 raise DataError(f"`{self.path}` is not a readable parquet file: {error}.") from None
             self._groups[camera, group] = column
             self._groups.move_to_end((camera, group))

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from loong_core.errors import DataError
 from loong_vla.lerobot.layout import INDEX_FEATURES, Dataset, Episode, Feature
+from loong_vla.lerobot.meta import PARQUET_ERRORS
 from loong_vla.lerobot.video import Decoder, FrameError, FrameReader
 
 SHOWN = 10
@@ -151,7 +152,7 @@ def _data_head(dataset: Dataset, name: str) -> tuple[int, pa.Schema] | str:
             return file.metadata.num_rows, file.schema_arrow
     except FileNotFoundError:
         return "is missing"
-    except (OSError, ValueError) as error:  # pyarrow's own errors derive from these
+    except PARQUET_ERRORS as error:
         return f"is not a readable parquet file ({error})"
 
 

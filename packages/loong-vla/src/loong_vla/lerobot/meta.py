@@ -19,6 +19,9 @@ from loong_vla.lerobot.layout import Clip, Episode, Feature, Statistics
 
 VERSIONS = ("v3.0", "v2.1", "v2.0")
 
+PARQUET_ERRORS = (pa.ArrowException, OSError, ValueError)
+"""What pyarrow raises for files that are missing or damaged; errors of a column it lacks are `KeyError`."""
+
 
 # ---------------------------------------------------------------------------------------------------- info.json
 def _json(file: Path) -> dict[str, Any]:
@@ -137,7 +140,7 @@ def _table(file: Path, columns: Sequence[str] | None = None) -> pa.Table:
     try:
         with pq.ParquetFile(file) as opened:
             return opened.read(columns=columns)
-    except (OSError, ValueError, KeyError) as error:  # pyarrow's own errors derive from these
+    except (*PARQUET_ERRORS, KeyError) as error:
         raise DataError(f"`{file}` is not a readable parquet file: {error}.") from None
 
 
@@ -157,7 +160,7 @@ def episodes_v3(root: Path, info: Mapping[str, Any], features: Mapping[str, Feat
     for file in files:
         try:
             present = set(pq.read_schema(file).names)
-        except (OSError, ValueError) as error:
+        except PARQUET_ERRORS as error:
             raise DataError(f"`{file}` is not a readable parquet file: {error}.") from None
         if missing := [name for name in wanted if name not in present and name != "tasks"]:
             raise DataError(f"`{file}` lacks the columns {', '.join(missing)}.")
@@ -165,24 +168,26 @@ def episodes_v3(root: Path, info: Mapping[str, Any], features: Mapping[str, Feat
         columns = {name: table.column(name).to_pylist() for name in table.column_names}
         for row in range(table.num_rows):
             values = {name: column[row] for name, column in columns.items()}
-            if empty := [name for name, value in values.items() if value is None and name != "tasks"]:
-                raise DataError(f"`{file}`: row {row}: {', '.join(empty)} has no value.")
+            for name, value in values.items():
+                numeric = isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0
+                if name != "tasks" and not (numeric and (name.endswith("timestamp") or value == int(value))):
+                    raise DataError(f"`{file}`: row {row}: {name} is {value!r}, not a number from 0.")
             yield _episode_v3(info, videos, values)
 
 
 def _episode_v3(info: Mapping[str, Any], videos: Sequence[str], row: Mapping[str, Any]) -> Episode:
-    place = {"chunk_index": row["data/chunk_index"], "file_index": row["data/file_index"]}
+    place = {"chunk_index": int(row["data/chunk_index"]), "file_index": int(row["data/file_index"])}
     clips = {}
     for name in videos:
-        where = {part: row[f"videos/{name}/{part}"] for part in ("chunk_index", "file_index")}
+        where = {part: int(row[f"videos/{name}/{part}"]) for part in ("chunk_index", "file_index")}
         file = _inside(info["video_path"], video_key=name, **where)
         clips[name] = Clip(file=file, start=float(row[f"videos/{name}/from_timestamp"]))
     return Episode(
-        index=row["episode_index"],
-        length=row["length"],
+        index=int(row["episode_index"]),
+        length=int(row["length"]),
         tasks=tuple(row.get("tasks") or ()),
-        from_index=row["dataset_from_index"],
-        to_index=row["dataset_to_index"],
+        from_index=int(row["dataset_from_index"]),
+        to_index=int(row["dataset_to_index"]),
         data=_inside(info["data_path"], **place),
         clips=clips,
     )

@@ -45,7 +45,7 @@ class Decoder:
         self.path = path
         try:
             self._container = av.open(str(path))
-        except (OSError, ValueError) as error:  # PyAV's own errors derive from these
+        except (av.error.FFmpegError, OSError, ValueError) as error:
             missing = "is missing" if not path.exists() else f"cannot be opened: {error}"
             raise FrameError(f"`{path}` {missing}.", file=path) from None
         if not self._container.streams.video:
