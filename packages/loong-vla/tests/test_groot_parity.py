@@ -14,9 +14,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from loong_ckpt import hf
 from loong_core.ops import OPS, bind
 from loong_core.precision import POLICIES
-from loong_core.types import OpRequest
+from loong_core.recipe import Recipe
+from loong_core.types import OpRequest, ParallelPlan
 from loong_core.weights import WeightMap, verb_of
 from loong_vla.groot import Groot, build
 from loong_vla.groot_shape import describe
@@ -113,9 +115,8 @@ def ask_peer(*words: str | Path) -> None:
 
 def config_of(computed: Computed, kind: str = "checkpoint", **more: Any) -> dict[str, Any]:
     written = json.loads((computed.folder / kind / "config.json").read_text())
-    own = {} if kind == "checkpoint" and computed.case["embodiments"] is None else {}
     embodiments = computed.case["embodiments"] or list(range(BASE["max_num_embodiments"]))
-    return {**written, **own, "embodiments": embodiments, **more}
+    return {**written, "embodiments": embodiments, **computed.case["tune"], **more}
 
 
 def build_model(config: dict[str, Any]) -> Groot:
@@ -201,3 +202,57 @@ def test_every_tensor_is_used_or_known_to_be_unused(peer: Computed, kind: str) -
     used, weights = load_rows(model, tensors), WeightMap(GROOT_N17.weights)
     twins = set(weights.twins(model.shape.parameters[0]))
     assert not [name for name in tensors if name not in used | twins and not weights.is_dropped(name)]
+
+
+def trained(model: Groot) -> Any:
+    """As far as checkpoint formats look at an engine: one process that holds everything."""
+    whole = {parameter.spec.role: parameter for parameter in model.local_parameters()}
+    return SimpleNamespace(
+        parameters=whole.values, gather=lambda parameter: parameter.tensor.detach(), weights_changed=lambda: None
+    )
+
+
+def run_on(computed: Computed, kind: str, folder: Path) -> Any:
+    config, weights = config_of(computed, kind), computed.folder / kind
+    changes = {"embodiments": config["embodiments"], **computed.case["tune"]}
+    recipe = Recipe.model_validate({"model": {"weights": weights, "config": changes}})
+    return SimpleNamespace(
+        recipe=recipe, folder=folder, plan=ParallelPlan(planner="torch", world=1), family=GROOT_N17, config=config,
+        shape=describe(GROOT_N17, config), precision=POLICIES[0], device="cpu", rank=0, world=1, notes=[], is_main=True,
+        step=0,
+    )  # fmt: skip
+
+
+def test_exports_open_in_lerobot(peer: Computed, tmp_path: Path) -> None:
+    """After a step of training, from a policy and from a base model: frozen tensors keep every bit, and LeRobot draws
+    the same samples as we."""
+    out = {kind: tmp_path / "exported" / kind for kind in ("checkpoint", "base")}
+    models = {kind: stepped_and_exported(peer, kind, out[kind]) for kind in out}
+    ask_peer("sample", peer.folder, *out.values())
+    sampled = load_file(peer.folder / "sampled.safetensors")
+    for kind, model in models.items():
+        assert (sampled[kind] - peer.results["sampled_alone"]).abs().max() > 100 * TOLERANCE, "the step changed nothing"
+        torch.testing.assert_close(model.sample(peer.batch), sampled[kind], rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def stepped_and_exported(computed: Computed, kind: str, out: Path) -> Groot:
+    run = run_on(computed, kind, out.parent)
+    (computed.folder / kind / "statistics.json").write_text("{}")
+    model = build_model(run.config)
+    hf.load(run.recipe.model.weights, run, trained(model))
+    loss_of(model, computed.batch)[1].backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter -= 0.02 * parameter.grad
+    hf.save(out, run, trained(model))
+    before, after = load_file(computed.folder / kind / SINGLE), load_file(out / SINGLE)
+    assert before.keys() == after.keys()
+    prefix = "_groot_model." if kind == "checkpoint" else ""
+    changed = {name.partition("/_groot_model.")[2] for name in computed.results if name.startswith("gradient/")}
+    if "backbone.model.model.language_model.embed_tokens.weight" in changed:
+        changed.add("backbone.model.lm_head.weight")
+    frozen = [name for name in before if name.removeprefix(prefix) not in changed]
+    assert frozen and all(torch.equal(before[name], after[name]) for name in frozen)
+    assert (out / "statistics.json").is_file()
+    return model

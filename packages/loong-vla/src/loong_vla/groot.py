@@ -22,6 +22,7 @@ from loong_core.parallel.build import BuildContext
 from loong_core.train.engine import Batch, LocalParameter
 from loong_core.types import ModelShape
 from loong_vla.groot_backbone import Language, QwenTower, rotary_angles
+from loong_vla.groot_eagle import EagleTower
 from loong_vla.groot_head import Diffusion, Embodiments, Memory, Refiner, sinusoids
 from loong_vla.groot_packing import Packing, pack, packing_of
 from loong_vla.groot_parameters import fused, trained_layer
@@ -165,8 +166,8 @@ class Groot(nn.Module):
         return slots.apply_layer("decoder_out", inner, packing.slots).float()
 
 
-def _tower(fields: Mapping[str, Any]) -> QwenTower:
-    return QwenTower(fields)
+def _tower(fields: Mapping[str, Any]) -> QwenTower | EagleTower:
+    return QwenTower(fields) if fields["tower"] == "qwen3_vl" else EagleTower(fields)
 
 
 def _learns_to_see(fields: Mapping[str, Any]) -> bool:

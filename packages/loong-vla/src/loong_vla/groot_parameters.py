@@ -134,10 +134,9 @@ def _siglip_tower(fields: Fields) -> Iterator[ParameterSpec]:
     for layer in range(fields["vision_layers"]):
         yield from _block(f"vision.layers.{layer}", width, fields["vision_ffn"], layer=layer, frozen=frozen)
     yield from _norm("vision.norm", width, frozen=frozen)
-    projector = not fields["tune_connector"]
-    yield from _norm("vision.merger.norm", merged, frozen=projector)
-    yield from _linear("vision.merger.up", hidden, merged, frozen=projector)
-    yield from _linear("vision.merger.down", hidden, hidden, frozen=projector)
+    yield from _norm("vision.merger.norm", merged, frozen=frozen)
+    yield from _linear("vision.merger.up", hidden, merged, frozen=frozen)
+    yield from _linear("vision.merger.down", hidden, hidden, frozen=frozen)
 
 
 # ------------------------------------------------------------------------------------------------------ action head

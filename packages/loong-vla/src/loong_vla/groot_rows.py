@@ -51,6 +51,20 @@ def qwen_tower() -> Iterator[Weight]:
         yield from _linear(f"vision.deep.*.{role}", f"{TOWER}.deepstack_merger_list.*.{name}")
 
 
+def siglip_tower(hf: str, projector: str) -> Iterator[Weight]:
+    """Rows of a SigLIP 2 tower at `hf`, and of what makes rows of the language model from its patches."""
+    block = f"{hf}.encoder.layers.*"
+    yield from _linear("vision.patch", f"{hf}.embeddings.patch_embedding")
+    yield copy("vision.positions", f"{hf}.embeddings.position_embedding.weight")
+    yield from _joined("vision.layers.*.qkv", f"{block}.self_attn", ("q_proj", "k_proj", "v_proj"))
+    names = {"norm1": "layer_norm1", "out": "self_attn.out_proj", "norm2": "layer_norm2"}
+    for role, name in {**names, "up": "mlp.fc1", "down": "mlp.fc2"}.items():
+        yield from _linear(f"vision.layers.*.{role}", f"{block}.{name}")
+    yield from _linear("vision.norm", f"{hf}.post_layernorm")
+    for role, number in {"norm": 0, "up": 1, "down": 3}.items():
+        yield from _linear(f"vision.merger.{role}", f"{projector}.{number}")
+
+
 def head() -> Iterator[Weight]:
     """Rows of the action head; what a model does not have is not asked for."""
     refiner, block = f"{HEAD}.vl_self_attention.transformer_blocks.*", f"{DIT}.transformer_blocks.*"

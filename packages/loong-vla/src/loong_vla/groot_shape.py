@@ -69,6 +69,7 @@ def resolve(family: ModelFamily, config: Mapping[str, Any]) -> dict[str, Any]:
     if problems:
         raise RecipeError(problems)
     fields["embodiments"] = _slots(fields, merged, folder)
+    fields["mask_token"] = fields["mask_token"] and fields["state_dropout"] > 0
     fields["dit_hidden"] = fields["dit_heads"] * fields["dit_head_dim"]
     fields["image_tokens"] = (fields["image_size"] // (fields["patch"] * fields["merge"])) ** 2
     _relations(fields)
@@ -143,6 +144,7 @@ _REFUSED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("state_history_length", (1,), "the policy sees one state"),
     ("reproject_vision", (False,), "it is not built"),
     ("exclude_state", (False,), "it is not built"),
+    ("state_additive_noise_scale", (0,), "noise on the state is not built"),
 )
 
 
@@ -224,6 +226,8 @@ def _relations(fields: Mapping[str, Any]) -> None:
         problems.append("config.json: mrope_section does not add up to half of head_dim.")
     if fields["refiner_layers"] and fields["refiner_heads"] * fields["refiner_head_dim"] != fields["hidden"]:
         problems.append("config.json: vl_self_attention_cfg: heads x head size is not the backbone's hidden size.")
+    if fields["dit_layers"] <= 2 * fields["text_every"] - 2:
+        problems.append("config.json: diffusion_model_cfg: with so few layers no block reads images.")
     if fields["tune_top_layers"] > fields["layers"]:
         problems.append(f"config.json: tune_top_llm_layers is more than the {fields['layers']} layers.")
     if problems:

@@ -2,8 +2,8 @@
 
 `python groot_peer.py compute FOLDER` reads `FOLDER/case.json`, draws weights and a batch, and writes `backbone/`,
 `base/` (a base model), `checkpoint/` (as LeRobot saves a policy), `batch.safetensors` and `results.safetensors`.
-`python groot_peer.py sample FOLDER CHECKPOINT` opens another checkpoint of a policy (`base`: the folder that holds a base
-model as `base/`) and writes `sampled.safetensors` for the same batch.
+`python groot_peer.py sample FOLDER CHECKPOINT BASE` opens another policy and another base model and writes their
+samples for the same batch to `sampled.safetensors`.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ def write_base(folder, case):
     model.save_pretrained(folder / "base")
 
 
-def open_policy(folder, case):
+def open_policy(base, case):
     image = PolicyFeature(type=FeatureType.VISUAL, shape=(3, *case["image"]))
     config = GrootConfig(
         device="cpu",
-        base_model_path=str(folder / "base"),
+        base_model_path=str(base),
         use_bf16=False,
         chunk_size=case["base"]["action_horizon"],
         n_action_steps=case["base"]["action_horizon"],
@@ -143,11 +143,16 @@ def sample(policy, batch, case, samples=slice(None)):
         return policy._groot_model.get_action(given)["action_pred"]
 
 
+def sample_alone(policy, batch, case):
+    """Every sample as a batch of its own: no padding."""
+    return torch.cat([sample(policy, batch, case, slice(i, i + 1)) for i in range(len(case["words"]))])
+
+
 def compute(folder, case):
     torch.manual_seed(case["seed"])
     write_backbone(folder / "backbone", case)
     write_base(folder, case)
-    policy = open_policy(folder, case)
+    policy = open_policy(folder / "base", case)
     policy.save_pretrained(folder / "checkpoint")
     batch = draw_batch(case)
     save_file(batch, folder / "batch.safetensors")
@@ -170,8 +175,7 @@ def compute(folder, case):
         alone.append(seen.pop())
     results["alone"] = torch.cat(alone)
     results["sampled"] = sample(policy, batch, case)
-    count = range(len(case["words"]))
-    results["sampled_alone"] = torch.cat([sample(policy, batch, case, slice(i, i + 1)) for i in count])
+    results["sampled_alone"] = sample_alone(policy, batch, case)
     save_file({name: tensor.contiguous() for name, tensor in results.items()}, folder / "results.safetensors")
 
 
@@ -182,12 +186,11 @@ def main(task, folder, *rest):
         compute(folder, case)
         return
     batch = load_file(folder / "batch.safetensors")
-    if task == "base":
-        policy = open_policy(Path(rest[0]), case)
-    else:
-        policy = GrootPolicy.from_pretrained(rest[0], local_files_only=True)
-    count = range(len(case["words"]))
-    found = {"sampled_alone": torch.cat([sample(policy, batch, case, slice(i, i + 1)) for i in count])}
+    policy = GrootPolicy.from_pretrained(rest[0], local_files_only=True)
+    found = {
+        "checkpoint": sample_alone(policy, batch, case),
+        "base": sample_alone(open_policy(rest[1], case), batch, case),
+    }
     save_file(found, folder / "sampled.safetensors")
 
 

@@ -52,6 +52,7 @@ GROOT_N17 = ModelFamily(
     presets="loong_vla.models.groot:n17_presets",
     planner="torch",
     task="flow_matching",
+    sidecars="loong_vla.groot_export:sidecars",
     single_file=True,
     arch={
         **{"tower": "qwen3_vl", "vision_layers": 24, "vision_hidden": 1024, "vision_heads": 16, "vision_ffn": 4096},
