@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from loong_core.errors import RecipeError, Unsupported, UserError
 from loong_core.ops import OPS, bind
@@ -263,3 +264,26 @@ def test_on_a_device_a_packed_batch_is_never_waited_for() -> None:
         unpacked = {name: tensor for name, tensor in there.items() if not name.startswith(PREFIX)}
         with pytest.raises(DataDependentOutputException):
             model(unpacked)
+
+
+@pytest.mark.parametrize("skip_padding", [True, False])
+def test_products_are_those_of_the_rows_alone(skip_padding: bool) -> None:
+    """Every weight once for each row that exists: nothing else is multiplied, forward."""
+    model, batch = build_policy(shape_of(skip_padding=skip_padding)), draw_batch()
+    packing = packing_of(model.packing(batch))
+    assert packing is not None
+    images, rows = len(packing.images) * 4, len(packing.rows)
+    if skip_padding:
+        assert images == 5 * 4 and rows < 3 * (2 * 4 + 6)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(batch)
+    found = sum(
+        count for name, count in counter.get_flop_counts()["Global"].items() if str(name) in ("aten.mm", "aten.addmm")
+    )
+    passes = {"vision": images, "projector": images, "prefix": rows, "modulation": 3, "time_in": 3, "time_out": 3}
+    expected = 0
+    for spec in model.shape.parameters:
+        words = spec.role.split(".")
+        if len(spec.shape) > 1 and spec.role not in ("embed", "vision.positions"):
+            expected += 2 * spec.size * next((passes[word] for word in passes if word in words), 3 * 3)
+    assert found == expected

@@ -76,10 +76,12 @@ def draw_batch(case):
     length, horizon, width = case["prompt_length"], case["horizon"], case["action_size"]
     mask = torch.zeros(samples, horizon, width, dtype=torch.bool)
     mask[..., : case["real_actions"]] = True
+    tokens = torch.randint(0, case["sizes"]["vocabulary"] - 1, (samples, length))
+    tokens[0, 0] = 0  # padding's number as content: its embedding is read and not trained
     return {
         "images": torch.randint(0, 256, (samples, cameras, side, side, 3), dtype=torch.uint8),
         "camera_mask": torch.tensor(case["camera_mask"], dtype=torch.bool),
-        "tokens": torch.randint(0, case["sizes"]["vocabulary"] - 1, (samples, length)),
+        "tokens": tokens,
         "token_mask": torch.arange(length) < torch.tensor(case["prompts"])[:, None],
         "actions": torch.randn(samples, horizon, width),
         "action_mask": mask,
