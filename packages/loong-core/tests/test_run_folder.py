@@ -26,6 +26,7 @@ def recipe(**sections: dict[str, object]) -> Recipe:
         {"parallel": {"tp": 2}, "launch": {"devices": 2}, "backend": "cuda", "ops": {"attention": "x"}},
         {"checkpoint": {"every": 3}, "log": {"every": 2}},
         {"data": {"micro_batch": 2, "eval": {"batches": 3}, "cache": "c"}},
+        {"data": {"options": {"skip_quota": 500, "threads": 2}}},
     ],
 )
 def test_what_may_change_within_a_run(sections: dict[str, dict[str, object]]) -> None:
@@ -41,6 +42,7 @@ def test_what_may_change_within_a_run(sections: dict[str, dict[str, object]]) ->
         ({"model": {"family": "y", "config": {"a": 1}}}, 'model.family ("x" there, "y" now)'),
         ({"data": {"path": "new"}}, "data.path"),
         ({"data": {"global_batch": 3}}, "data.global_batch (8 there, 3 now)"),
+        ({"data": {"options": {"episodes": [1]}}}, "data.options.episodes (null there, [1] now)"),
         ({"precision": "fp32"}, "precision"),
         ({"task": {"name": "other"}}, "task.name"),
     ],

@@ -25,8 +25,11 @@ if TYPE_CHECKING:
 
 RECIPE, PLAN, MANIFEST = "recipe.yaml", "plan.json", "manifest.json"
 TOKENIZER = "tokenizer"
+PACE = ("threads", "ahead", "tolerance", "skip_quota")
+"""Options of data sources that say how data is read, never what is trained on. A run that its `skip_quota` ended
+continues with a larger one."""
 _IDENTITY = ("model", "task", "data", "precision", "run.seed")
-_MAY_CHANGE = ("data.micro_batch", "data.eval", "data.cache")
+_MAY_CHANGE = ("data.micro_batch", "data.eval", "data.cache", *(f"data.options.{name}" for name in PACE))
 LIBRARIES = (
     "torch",
     "triton",
@@ -254,8 +257,8 @@ def _flat(value: Mapping[str, Any], key: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, inner in value.items():
         full = f"{key}.{name}" if key else name
-        if isinstance(inner, dict) and inner:
-            flat.update(_flat(inner, full))
+        if isinstance(inner, dict):
+            flat.update(_flat(inner, full))  # an empty mapping says no more than an absent one
         else:
             flat[full] = inner
     return flat

@@ -82,7 +82,7 @@ def prepare(loaded: LoadedRecipe, registry: Registry, worker: bool = False, purp
     source = check_source(recipe, registry, findings, purpose)
     model = find_model(recipe, registry, findings, purpose)
     task = _find_task(recipe, model, registry, findings)
-    if source is not None and task is not None:
+    if source is not None and task is not None and purpose == "train":
         check_match(source, task, findings)
     _check_names(recipe, registry, findings)
     if purpose == "train" and (problem := run_folder.name_problem(recipe.run.name)):
