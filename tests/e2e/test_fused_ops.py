@@ -76,7 +76,8 @@ for name, recipe in recipes.items():
 
 def train(folder: Path, recipes: dict[str, dict], backend: str) -> Path:
     """All recipes in one process: starting one takes longer than training."""
-    environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if backend == "cpu" else {})
+    # On a card fp32 shall mean it: Transformer Engine would multiply in TF32, whose rounding is not what is compared.
+    environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if backend == "cpu" else {"NVIDIA_TF32_OVERRIDE": "0"})
     command = [sys.executable, "-W", "ignore", "-c", SCRIPT, str(folder), json.dumps(recipes)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
