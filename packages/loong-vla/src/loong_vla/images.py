@@ -68,10 +68,13 @@ def square_resize(height: int, width: int, *, edge: int | None, crop: float | No
     return resize
 
 
-def edge_resize(height: int, *, edge: int | None, crop: float | None, letterbox: bool = False) -> Resize:
+def edge_resize(height: int, *, edge: int | None, crop: float | None, letterbox: bool = False, unit: int = 1) -> Resize:
     """GR00T's for checkpoints with albumentations: the shorter side to `edge` pixels (None: `height`), a window of the
-    share `crop`, the shorter side to `edge` again; by area. Images keep their proportions. The window lies where
-    `position` says: training draws one for a sample and uses it for all of its cameras."""
+    share `crop`, the shorter side to `edge` again; by area. Images keep their proportions, but for the rounding of both
+    sides to multiples of `unit`, bicubic. The window lies where `position` says: training draws one for a sample and
+    uses it for all of its cameras."""
+    from PIL import Image
+
     side = edge or height
 
     def resize(image: np.ndarray, position: Position | None = None) -> np.ndarray:
@@ -85,7 +88,11 @@ def edge_resize(height: int, *, edge: int | None, crop: float | None, letterbox:
                 top = round((rows - kept[0]) * min(max(position[0], 0.0), 1.0))
                 left = round((columns - kept[1]) * min(max(position[1], 0.0), 1.0))
             image = image[top : top + kept[0], left : left + kept[1]]
-        return _shortest(image, side)
+        image = _shortest(image, side)
+        rows, columns = (max(1, round(extent / unit)) * unit for extent in image.shape[:2])
+        if image.shape[:2] == (rows, columns):
+            return image
+        return np.asarray(Image.fromarray(image).resize((columns, rows), Image.Resampling.BICUBIC))
 
     return resize
 

@@ -1,0 +1,237 @@
+"""Opens a run's robot data: dataset, statistics, tokenizer, held-out episodes, and the policy they are made for."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from loong_core.errors import DataError, RecipeError
+from loong_core.recipe import TrainTokenizer
+from loong_vla import prompts
+from loong_vla.check import chosen
+from loong_vla.families import Policy, needed, processing
+from loong_vla.lerobot import statistics as computing
+from loong_vla.lerobot.layout import Dataset, Episode, open_dataset
+from loong_vla.lerobot.source import folder_of, options_of
+from loong_vla.lerobot.video import FrameReader
+from loong_vla.normalise import relative_statistics
+from loong_vla.options import RobotOptions
+from loong_vla.processing import Processing, Robot
+from loong_vla.sequence import Draws, Order, Samples, held_out
+from loong_vla.stream import Cut, Part, RobotStream
+from loong_vla.tasks import FlowOptions
+
+if TYPE_CHECKING:
+    from loong_core.train.run import Run
+
+logger = logging.getLogger(__name__)
+
+STATISTICS = "statistics.json"
+"""File of the run folder with the statistics that training normalises by."""
+
+
+def open_stream(run: Run, replica: int) -> RobotStream:
+    """See `loong_vla.stream.stream`.
+
+    Raises:
+        UserError: the data, its statistics, cameras or tokenizer do not suit the policy.
+    """
+    data, settings = run.recipe.data, options_of(run.recipe.data.options)
+    dataset = open_dataset(folder_of(data.path))
+    episodes = chosen(dataset, settings)
+    other, held = None, []
+    if data.eval is not None and data.eval.path is not None:
+        other = open_dataset(folder_of(data.eval.path))
+        held = list(other.episodes)
+    elif data.eval is not None:
+        numbers, lengths = [item.index for item in episodes], [item.length for item in episodes]
+        kept, left = held_out(numbers, lengths, data.eval.fraction, run.recipe.run.seed)
+        other, held = dataset, [item for item in episodes if item.index in left]
+        episodes = [item for item in episodes if item.index in kept]
+    use = processing_of(run, dataset, episodes, settings)
+    seed, cut = run.recipe.run.seed, Cut(run.plan.dp, run.plan.micro_batches, run.plan.micro_batch)
+    threads = settings.threads or max(1, min(16, (os.cpu_count() or 1) // run.cluster.devices_per_node))
+
+    def part(source: Dataset, items: Sequence[Episode], name: str) -> Part:
+        reader = FrameReader(source, settings.tolerance, max(32, 2 * threads))
+        samples = samples_of(source, items, use)
+        fixed = None if name == "train" else 2**63 + 1  # a fair excerpt, the same in every evaluation
+        order = Order(len(samples), seed, data.shuffle, fixed)
+        draws = Draws(seed, name)
+        return Part(dataset=source, samples=samples, order=order, draws=draws, reader=reader, once=fixed is not None)
+
+    train = part(dataset, episodes, "train")
+    evaluation = part(other, held, "held out") if other is not None else None
+    identity = {
+        "dataset": f"{dataset.version}, {dataset.fps:g} frames a second",
+        "episodes": train.samples.fingerprint(),
+        "seed": seed,
+        "shuffle": data.shuffle,
+        "global_batch": cut.samples,
+        **use.facts(),
+    }
+    stream = RobotStream(
+        use,
+        train,
+        evaluation,
+        cut,
+        replica,
+        settings=settings,
+        threads=threads,
+        eval_batches=data.eval.batches if data.eval is not None else 0,
+        pinned=run.device.startswith("cuda"),
+        vocabulary=run.shape.vocabulary,
+        identity=json.loads(json.dumps(identity)),
+    )
+    if run.is_main:
+        _say(use, train, evaluation)
+        save_statistics(run.folder, use.robot)
+    return stream
+
+
+def samples_of(dataset: Dataset, episodes: Sequence[Episode], use: Processing) -> Samples:
+    """The frames that action chunks begin at.
+
+    Raises:
+        DataError: there are none.
+    """
+    tail = use.steps - 1 if use.drop_tail else 0
+    samples = Samples([item.index for item in episodes], [item.length for item in episodes], tail)
+    if not len(samples):
+        longest = max((item.length for item in episodes), default=0)
+        raise DataError(
+            f"`{dataset.root}`: no episode is as long as an action chunk of {tail + 1} frames (the longest has "
+            f"{longest}), and data.options.drop_tail leaves out chunks that are cut. Set it to false, or record longer "
+            "episodes."
+        )
+    return samples
+
+
+def _say(use: Processing, train: Part, held: Part | None) -> None:
+    seen = ", ".join(f"{camera.name} = {camera.feature or 'absent'}" for camera in use.cameras)
+    logger.info("robot data: %d samples to train on; cameras: %s", len(train.samples), seen)
+    if held is not None:
+        logger.info("robot data: %d samples held out", len(held.samples))
+    for key, found in (("state", use.states), ("action", use.actions)):
+        if still := found.zero_range():
+            numbers = ", ".join(map(str, still))
+            logger.warning("%s %s never changes by its statistics and is left out of what is learnt.", key, numbers)
+
+
+# ------------------------------------------------------------------------------------------------------- the policy
+def processing_of(
+    run: Run, dataset: Dataset, episodes: Sequence[Episode] | None = None, settings: RobotOptions | None = None
+) -> Processing:
+    """How the episodes of a dataset (None: all) become inputs of the run's policy. Also for evaluation and sidecars."""
+    settings = options_of(run.recipe.data.options) if settings is None else settings
+    episodes = list(dataset.episodes) if episodes is None else episodes
+    policy = Policy(
+        family=run.family.name,
+        fields=run.shape.fields,
+        config=run.config,
+        tokenizer=tokenizer_of(run, dataset),
+        settings=settings,
+        folders=folders_of(run),
+        count=FlowOptions.model_validate(dict(run.recipe.task.options)).count,
+        relative=lambda mask, steps, by_step: relative_statistics(
+            list(_pairs(dataset, episodes, settings)), mask, steps, by_step=by_step
+        ),
+    )
+    found = statistics_of(dataset, episodes, settings, needed(policy))
+    return processing(policy, robot_of(dataset, settings, found))
+
+
+def folders_of(run: Run) -> list[Path]:
+    """Folders that may hold a policy's further files: that of its weights, and that of the base model it names."""
+    named = (run.recipe.model.weights, run.config.get("base_model_path"))
+    return [Path(name) for name in named if name is not None and Path(name).is_dir()]
+
+
+def _pairs(dataset: Dataset, episodes: Sequence[Episode], settings: RobotOptions) -> Any:
+    for episode in episodes:
+        columns = dataset.columns(episode, [settings.state, settings.action])
+        yield columns[settings.state].reshape(episode.length, -1), columns[settings.action].reshape(episode.length, -1)
+
+
+def robot_of(
+    dataset: Dataset, settings: RobotOptions, statistics: Mapping[str, Mapping[str, Any]] | None = None
+) -> Robot:
+    """A dataset's robot, with these statistics.
+
+    Raises:
+        DataError: the dataset has no such state or action.
+    """
+    from loong_vla.check import feature_problems
+
+    if problems := list(feature_problems(dataset, settings)):
+        raise DataError(problems)
+    state, action = dataset.features[settings.state], dataset.features[settings.action]
+    names = action.names
+    if isinstance(names, Mapping):
+        names = next((value for value in names.values() if isinstance(value, (list, tuple))), None)
+    return Robot(
+        state=state.size,
+        action=action.size,
+        action_names=tuple(map(str, names)) if isinstance(names, (list, tuple)) and len(names) == action.size else None,
+        cameras={name: _pixels(dataset.features[name].shape) for name in dataset.cameras},
+        tasks=tuple(dict.fromkeys(dataset.tasks.values())),
+        statistics=statistics,
+        where=str(dataset.root),
+    )
+
+
+def _pixels(shape: Sequence[int]) -> tuple[int, int]:
+    """Height and width of an image feature, whose channels come last or first."""
+    channels_first = len(shape) == 3 and shape[0] in (1, 3) and shape[2] not in (1, 3)
+    return (shape[1], shape[2]) if channels_first else (shape[0], shape[1])
+
+
+def statistics_of(
+    dataset: Dataset, episodes: Sequence[Episode], settings: RobotOptions, wanted: Mapping[str, Sequence[str]]
+) -> dict[str, Mapping[str, Any]]:
+    """Statistics of state and action: the dataset's, or computed where it has not those `wanted` of `state` and
+    `action` (or where the recipe asks for it)."""
+    names = {getattr(settings, key): keys for key, keys in wanted.items()}
+    given = dataset.statistics if settings.statistics != "compute" else None
+    complete = given is not None and all(key in given.get(name, {}) for name, keys in names.items() for key in keys)
+    if given is not None and (complete or settings.statistics == "dataset"):
+        return {name: given[name] for name in names if name in given}
+    if settings.statistics == "dataset":
+        return {}
+    if settings.statistics != "compute":
+        logger.info("computing statistics of %s: the dataset has none that are complete", ", ".join(names))
+    return dict(computing.compute(dataset, list(names), episodes=[item.index for item in episodes]))
+
+
+def save_statistics(folder: Path, robot: Robot) -> None:
+    """Leave the statistics a run normalises by in its folder."""
+    plain = {
+        name: {key: np.asarray(value).tolist() for key, value in entry.items()}
+        for name, entry in (robot.statistics or {}).items()
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / STATISTICS).write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
+
+
+def tokenizer_of(run: Run, dataset: Dataset) -> Any:
+    """The tokenizer that the recipe names or asks to be trained on the instructions, or that of the weights.
+
+    Raises:
+        UserError: there is none.
+    """
+    named = run.recipe.data.tokenizer
+    if isinstance(named, TrainTokenizer):
+        return prompts.load_tokenizer(prompts.train(dataset.tasks.values(), named.train, run.folder / "tokenizer"))
+    folder = named or run.recipe.model.weights
+    if folder is None:
+        raise RecipeError(
+            "data.tokenizer is not set, and there are no model.weights to take it from. Name the folder of the "
+            "policy's tokenizer, or train one for a policy that begins from nothing: {train: 320}."
+        )
+    return prompts.load_tokenizer(folder)
