@@ -1,15 +1,16 @@
-"""AdamW over the flat gradient buffers of megatron-core: every rank updates its range of each bucket, in one pass.
+"""AdamW over flat ranges of parameters, in one pass; `ShardedAdamW` takes them from megatron-core's gradient buffers.
 
-Not megatron-core's `DistributedOptimizer`: that updates float32 copies and copies them back, clips by a pass of its own
-over all gradients, and keeps master weights as remainders only through Transformer Engine's FusedAdam, so never on a
-CPU. What is needed of it is little: which range of a parameter belongs to which rank. Of megatron-core 0.19 this uses
-what the buffers of its data-parallel wrapper show every optimizer: buckets, their data, where parameters lie in them.
+There every rank updates its range of each bucket. Not megatron-core's `DistributedOptimizer`: that updates float32
+copies and copies them back, clips by a pass of its own over all gradients, and keeps master weights as remainders only
+through Transformer Engine's FusedAdam, so never on a CPU. What is needed of it is little: which range of a parameter
+belongs to which rank. Of megatron-core 0.19 this uses what the buffers of its data-parallel wrapper show every
+optimizer: buckets, their data, where parameters lie in them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -27,14 +28,16 @@ if TYPE_CHECKING:
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MASTER = "master"
+EMA = "ema"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
     """The range of one flattened trained tensor that this rank updates, and the optimizer's state for it.
 
-    All tensors are flat and equally long; `parameter` and `gradient` are views of megatron-core's buffers. The range
-    begins `start` elements into the trained tensor. With `remainder` (int16) the master weight is what the two join to.
+    All tensors are flat and equally long; `parameter` and `gradient` are views of the engine's buffers. The range
+    begins `start` elements into the trained tensor. With `remainder` (int16) the master weight is what the two join to;
+    without, it is `parameter`. `ema` (float32) is a moving average of it.
     """
 
     start: int
@@ -46,6 +49,7 @@ class Shard:
     decayed: bool
     counted: bool
     """Whether its gradient is part of the norm: no other rank counts the same elements."""
+    ema: Tensor | None = None
 
     @property
     def stop(self) -> int:
@@ -56,7 +60,8 @@ class Shard:
         """Part of a moment, or of the master weight in float32; `where` counts from the shard's own beginning."""
         if name != MASTER:
             return self._state(name)[where]
-        assert self.remainder is not None
+        if self.remainder is None:
+            return self.parameter[where]
         return join(self.parameter[where], self.remainder[where])
 
     def write(self, name: str, where: slice, values: Tensor) -> None:
@@ -64,69 +69,46 @@ class Shard:
         if name != MASTER:
             self._state(name)[where].copy_(values)
             return
-        assert self.remainder is not None
+        if self.remainder is None:
+            self.parameter[where].copy_(values)
+            return
         rounded, low = split(values.float())
         self.parameter[where].copy_(rounded)
         self.remainder[where].copy_(low)
 
     def _state(self, name: str) -> Tensor:
-        return {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}[name]
+        found = {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq, EMA: self.ema}[name]
+        assert found is not None, name
+        return found
 
 
-class ShardedAdamW:
-    """AdamW with clipping by the global norm over what `chunks` train, megatron-core's data-parallel wrappers.
+class AdamW:
+    """AdamW with clipping by the global norm over `shards`, by the tensor that autograd knows.
 
-    `counts` tells whether a parameter's gradient is part of the norm on this rank, `update` is the op `adamw`. bfloat16
-    parameters whose policy asks for float32 masters keep those as two bytes more each; parameters of the policy's
-    `master` dtype are their own masters. Raises `Unsupported` for any other pair. There is no weight decay on biases
-    and norms.
+    `updates` are what is updated at a time: the shards themselves, or longer ranges that hold several. `counted` are
+    the gradients that this rank adds to the norm, so that all ranks together add each element once; `trained` is
+    everything that is updated here or on another rank. `update` is the op `adamw`. bfloat16 parameters whose policy
+    asks for float32 masters keep those as two bytes more each; parameters of the policy's `master` dtype are their own
+    masters. Raises `Unsupported` for any other pair. There is no weight decay on biases and norms.
     """
 
     def __init__(
         self,
-        chunks: Sequence[Any],
+        shards: Mapping[Tensor, Shard],
+        updates: Sequence[Shard],
+        counted: Sequence[Tensor],
+        trained: set[Tensor],
         section: OptimSection,
         precision: PrecisionPolicy,
         update: Callable[..., None],
-        counts: Callable[[Tensor], bool],
         device: str,
     ) -> None:
         self.steps = 0
-        self._chunks = chunks
-        self._device = device
+        self._shards, self._updates, self._counted, self._trained = shards, updates, counted, trained
         self._section = section
         self._update = update
-        self._split = _split_dtype(precision)
-        self._moments: torch.dtype = getattr(torch, precision.optimizer_state)
-        self._trained = {trained for chunk in chunks for buffer in _buffers(chunk) for trained in buffer.params}
-        self._shards = {trained: shard for chunk in chunks for trained, shard in self._cut(chunk, counts)}
-
-    def _cut(self, chunk: Any, counts: Callable[[Tensor], bool]) -> Iterator[tuple[Tensor, Shard]]:
-        """This rank's ranges, in the order of the buffers: bucket by bucket, where every rank holds an equal part."""
-        names = {parameter: name for name, parameter in chunk.module.named_parameters()}
-        for buffer in _buffers(chunk):
-            rank, size = buffer.data_parallel_group.rank(), buffer.data_parallel_group.size()
-            for bucket in buffer.buckets:
-                width = bucket.grad_data.numel() // size
-                for trained in bucket.params_list:
-                    begin, end = bucket.param_to_index[trained]
-                    first, last = max(begin, rank * width), min(end, (rank + 1) * width)
-                    if first < last:
-                        ranges = first - begin, bucket.param_data[first:last], bucket.grad_data[first:last]
-                        decayed = trained.dim() > 1 and not names[trained].endswith(".bias")
-                        yield trained, self._shard(*ranges, decayed=decayed, counted=counts(trained))
-
-    def _shard(self, start: int, parameter: Tensor, gradient: Tensor, *, decayed: bool, counted: bool) -> Shard:
-        return Shard(
-            start=start,
-            parameter=parameter,
-            gradient=gradient,
-            exp_avg=torch.zeros_like(parameter, dtype=self._moments),
-            exp_avg_sq=torch.zeros_like(parameter, dtype=self._moments),
-            remainder=torch.zeros_like(parameter, dtype=torch.int16) if parameter.dtype == self._split else None,
-            decayed=decayed,
-            counted=counted,
-        )
+        self._device = device
+        self._split = split_dtype(precision)
 
     # ------------------------------------------------------------------------------------------ its state
     def trains(self, parameter: Tensor) -> bool:
@@ -165,7 +147,7 @@ class ShardedAdamW:
         limit = math.inf if section.clip is None else section.clip
         clipped = (limit / (norm + 1e-6)).clamp(max=1.0) * gradient_scale
         scale = torch.where(norm.isfinite(), clipped, math.nan)
-        for shard in self._shards.values():
+        for shard in self._updates:
             self._update(
                 shard.parameter,
                 shard.gradient,
@@ -179,29 +161,85 @@ class ShardedAdamW:
                 step=self.steps + 1,
                 scale=scale,
             )
-        for chunk in self._chunks:
-            # Overlapped gathering is started by the next forward pass.
-            if not chunk.ddp_config.overlap_param_gather:
-                chunk.start_param_sync()
+        self._updated()
         found = float(norm)
         self.steps += math.isfinite(found)
         return found
 
+    def _updated(self) -> None:
+        """Called once every update is launched, before the wait for the norm."""
+
     def _norm(self) -> Tensor:
         """Of what the buffers of all ranks hold, every element once: a float32 scalar tensor, the same on all ranks."""
-        gradients = [shard.gradient for shard in self._shards.values() if shard.counted]
         squared = torch.zeros((), dtype=torch.float32, device=self._device)
-        if gradients:
-            squared += torch.nn.utils.get_total_norm(gradients).square()
+        if self._counted:
+            squared += torch.nn.utils.get_total_norm(self._counted).square()
         dist.all_reduce(squared)
         return squared.sqrt()
+
+
+class ShardedAdamW(AdamW):
+    """AdamW over what `chunks` train, megatron-core's data-parallel wrappers.
+
+    `counts` tells whether a parameter's gradient is part of the norm on this rank.
+    """
+
+    def __init__(
+        self,
+        chunks: Sequence[Any],
+        section: OptimSection,
+        precision: PrecisionPolicy,
+        update: Callable[..., None],
+        counts: Callable[[Tensor], bool],
+        device: str,
+    ) -> None:
+        self._chunks = chunks
+        self._split = split_dtype(precision)
+        self._moments: torch.dtype = getattr(torch, precision.optimizer_state)
+        trained = {trained for chunk in chunks for buffer in _buffers(chunk) for trained in buffer.params}
+        shards = {trained: shard for chunk in chunks for trained, shard in self._cut(chunk, counts)}
+        counted = [shard.gradient for shard in shards.values() if shard.counted]
+        super().__init__(shards, list(shards.values()), counted, trained, section, precision, update, device)
+
+    def _cut(self, chunk: Any, counts: Callable[[Tensor], bool]) -> Iterator[tuple[Tensor, Shard]]:
+        """This rank's ranges, in the order of the buffers: bucket by bucket, where every rank holds an equal part."""
+        names = {parameter: name for name, parameter in chunk.module.named_parameters()}
+        for buffer in _buffers(chunk):
+            rank, size = buffer.data_parallel_group.rank(), buffer.data_parallel_group.size()
+            for bucket in buffer.buckets:
+                width = bucket.grad_data.numel() // size
+                for trained in bucket.params_list:
+                    begin, end = bucket.param_to_index[trained]
+                    first, last = max(begin, rank * width), min(end, (rank + 1) * width)
+                    if first < last:
+                        ranges = first - begin, bucket.param_data[first:last], bucket.grad_data[first:last]
+                        decayed = trained.dim() > 1 and not names[trained].endswith(".bias")
+                        yield trained, self._shard(*ranges, decayed=decayed, counted=counts(trained))
+
+    def _shard(self, start: int, parameter: Tensor, gradient: Tensor, *, decayed: bool, counted: bool) -> Shard:
+        return Shard(
+            start=start,
+            parameter=parameter,
+            gradient=gradient,
+            exp_avg=torch.zeros_like(parameter, dtype=self._moments),
+            exp_avg_sq=torch.zeros_like(parameter, dtype=self._moments),
+            remainder=torch.zeros_like(parameter, dtype=torch.int16) if parameter.dtype == self._split else None,
+            decayed=decayed,
+            counted=counted,
+        )
+
+    def _updated(self) -> None:
+        for chunk in self._chunks:
+            # Overlapped gathering is started by the next forward pass.
+            if not chunk.ddp_config.overlap_param_gather:
+                chunk.start_param_sync()
 
 
 def _buffers(chunk: Any) -> list[Any]:
     return [*chunk.buffers, *chunk.expert_parallel_buffers]
 
 
-def _split_dtype(precision: PrecisionPolicy) -> torch.dtype | None:
+def split_dtype(precision: PrecisionPolicy) -> torch.dtype | None:
     """The dtype of parameters whose master weights are kept as remainders. Others (under a policy with bfloat16
     parameters a module may ask for float32) are their own masters."""
     if precision.master == precision.parameters:

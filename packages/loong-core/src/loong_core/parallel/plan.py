@@ -32,11 +32,18 @@ PLANNERS: tuple[ParallelPlanner, ...] = (
         options="loong_core.parallel.options:MegatronOptions",
         summary="Tensor, sequence, pipeline, context, expert and data parallelism on megatron-core.",
     ),
+    ParallelPlanner(
+        name="torch",
+        plan="loong_core.parallel.torch_plan:plan",
+        build="loong_core.parallel.torch_engine:build",
+        options="loong_core.parallel.torch_options:TorchOptions",
+        summary="Data parallelism in plain torch: whole models, or sharded (ZeRO-1, FSDP2, HSDP).",
+    ),
 )
 
 
 def choose_planner(recipe: Recipe, cluster: Cluster) -> str:
-    """The planner behind `parallel.planner: auto`; the only one of the core."""
+    """The planner behind `parallel.planner: auto`, for families that ask for none."""
     return "megatron"
 
 

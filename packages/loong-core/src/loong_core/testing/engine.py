@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -15,14 +15,18 @@ from loong_core.testing.ranks import run_ranks
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from loong_core.train.engine import Engine
+    from loong_core.train.engine import Batch, Engine
+    from loong_core.train.run import Run
 
 TOLERANCE = 1e-5
 """Relative, between two ways to the same number in float32."""
 
 
 class EngineContract(Contract):
-    """Set `planner`, and a `family` with a tiny `config` (a config.json) for it to train."""
+    """Set `planner`, and a `family` with a tiny `config` (a config.json) for it to train.
+
+    Families that read no text replace `batches` and `count`.
+    """
 
     required: ClassVar[tuple[str, ...]] = ("planner", "family", "config")
     planner: ClassVar[str]
@@ -33,6 +37,16 @@ class EngineContract(Contract):
     def recipe(cls, **changes: Any) -> dict[str, Any]:
         """A tiny recipe for this planner."""
         return tiny.settings(cls.family, cls.config, parallel={"planner": cls.planner}, **changes)
+
+    @classmethod
+    def batches(cls, run: Run, step: int = 0) -> list[Batch]:
+        """This rank's micro-batches of a global batch that depends on the step alone."""
+        return tiny.batches(run, step)
+
+    @classmethod
+    def count(cls, batches: Sequence[Batch]) -> int:
+        """What the loss counts in `batches`."""
+        return sum(int((batch["targets"] != -100).sum()) for batch in batches)
 
     @pytest.fixture(scope="class")
     @classmethod
@@ -90,14 +104,14 @@ class EngineContract(Contract):
             "described": {spec.role: list(spec.shape) for spec in run.shape.parameters},
             "gathered": {p.spec.role: _shape(engine.gather(p)) for p in engine.parameters()},
         }
-        rows = tiny.batches(run)
+        rows = cls.batches(run)
         found["evaluated"] = engine.evaluate(rows)["loss"]
         found["moved_by_evaluation"] = _distance(start, engine)
         reported = engine.forward_backward(rows, 0)
-        engine.evaluate(tiny.batches(run, 3))
+        engine.evaluate(cls.batches(run, 3))
         found["cut"] = {"loss": reported["loss"], "norm": engine.step(0.0)}
         found["counted"] = reported["counted"]
-        found["expected_count"] = sum(int((row["targets"] != -100).sum()) for row in rows)
+        found["expected_count"] = cls.count(rows)
         found["moved_at_zero"] = _distance(start, engine)
         loss = engine.forward_backward(rows, 0)["loss"]
         found["again"] = {"loss": loss, "norm": engine.step(1e-2)}
@@ -115,17 +129,17 @@ class EngineContract(Contract):
     def _whole(cls, folder: Path) -> dict[str, float]:
         """The first step again, with all rows in one micro-batch."""
         run, engine = tiny.start(cls.recipe(data={"micro_batch": tiny.GLOBAL_BATCH}), folder)
-        loss = engine.forward_backward(tiny.batches(run), 0)["loss"]
+        loss = engine.forward_backward(cls.batches(run), 0)["loss"]
         norm = engine.step(0.0)
         engine.close()
         return {"loss": loss, "norm": norm}
 
-    @staticmethod
-    def _saved(run: Any, engine: Engine, folder: Path) -> dict[str, Any]:
+    @classmethod
+    def _saved(cls, run: Any, engine: Engine, folder: Path) -> dict[str, Any]:
         def advance(first: int) -> list[list[float]]:
             steps = []
             for step in (first, first + 1):
-                loss = engine.forward_backward(tiny.batches(run, step), step)["loss"]
+                loss = engine.forward_backward(cls.batches(run, step), step)["loss"]
                 steps.append([loss, engine.step(1e-2)])
             return steps
 

@@ -1,0 +1,243 @@
+"""Whole parameters in flat buffers, with their gradients in flat float32 buffers that ranks reduce bucket by bucket.
+
+A parameter's gradient is added to its place in the buffer as soon as autograd has it, or written there by the op that
+computes it (`gradient_buffer`); torch's own `.grad` lives for a moment. Buckets are filled in the order in which
+backward passes reach parameters, and reduced in that order on every rank, whatever is unused on one of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from loong_core.parallel import gradient_buffer
+from loong_core.parallel.adamw import Shard
+
+ALIGNMENT = 64
+"""Elements: every parameter begins on a line of 128 bytes, which kernels that load tiles ask for."""
+
+
+class Place(NamedTuple):
+    """Where a parameter lies in its bucket, and whether it has weight decay."""
+
+    parameter: Any
+    begin: int
+    end: int
+    decayed: bool
+
+
+@dataclass
+class Bucket:
+    """Parameters of one dtype whose gradients are reduced together; the decayed ones come first."""
+
+    parameters: Tensor
+    gradients: Tensor
+    places: list[Place]
+    missing: int = 0
+    """Parameters that the last backward pass has not reached yet."""
+    handle: Any = None
+    gathering: Any = None
+    trained: list[Any] = field(default_factory=list)
+
+
+class FlatStore:
+    """`parameters` (trained; in the order of their gradients; with the names that decide on weight decay) in buckets
+    of about `bucket_size` elements.
+
+    With `sharded`, each rank updates its own equal part of every bucket: gradients are reduce-scattered, parameters
+    gathered after the update. Without, gradients are all-reduced and every rank updates everything.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[tuple[str, Any]],
+        *,
+        sharded: bool,
+        gradients: torch.dtype,
+        bucket_size: int,
+        overlap: bool,
+    ) -> None:
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.sharded = sharded and self.world > 1
+        self._overlap = overlap and self.world > 1
+        self._gradients = gradients
+        self._last = False
+        self._next = 0
+        size = bucket_size if self.world > 1 else 2**62
+        self.buckets = [self._bucket(group) for group in _groups(parameters, size)]
+        self._bucket_of = {place.parameter: bucket for bucket in self.buckets for place in bucket.places}
+        self._nodes = [self._watch(parameter) for parameter in self._bucket_of]
+
+    def _bucket(self, group: Sequence[tuple[str, Any]]) -> Bucket:
+        """Move the parameters into a buffer of their own; the tensors themselves stay the same objects."""
+        marked = [(parameter, parameter.dim() > 1 and not name.endswith(".bias")) for name, parameter in group]
+        places, end = [], 0
+        for parameter, decayed in sorted(marked, key=lambda item: not item[1]):
+            places.append(Place(parameter, end, end + parameter.numel(), decayed))
+            end += -(-parameter.numel() // ALIGNMENT) * ALIGNMENT
+        end += -end % (ALIGNMENT * self.world)
+        like = places[0].parameter
+        bucket = Bucket(
+            parameters=torch.zeros(end, dtype=like.dtype, device=like.device),
+            gradients=torch.zeros(end, dtype=self._gradients, device=like.device),
+            places=places,
+            trained=[place.parameter for place in places],
+        )
+        for parameter, begin, stop, _ in places:
+            flat = bucket.parameters[begin:stop].view(parameter.shape)
+            flat.copy_(parameter.detach())
+            parameter.data = flat
+            parameter.main_grad = bucket.gradients[begin:stop].view(parameter.shape)
+            parameter.main_grad_empty = False
+        return bucket
+
+    def _watch(self, parameter: Any) -> Any:
+        """Call `_arrived` whenever autograd is done with `parameter`: also where an op delivered the gradient, and none
+        is left for autograd. The node has to be kept: its hooks go with it."""
+        node = parameter.expand_as(parameter).grad_fn.next_functions[0][0]
+        node.register_hook(lambda *_: self._arrived(parameter))
+        return node
+
+    # ------------------------------------------------------------------------------------------------ a step
+    def begin(self) -> None:
+        """Start a step: what the buffers hold is of no use any more."""
+        self._last = False
+        for parameter in self._bucket_of:
+            parameter.main_grad_empty = True
+            parameter.grad_added_to_main_grad = False
+            parameter.grad = None
+
+    def expect_last(self) -> None:
+        """The next backward pass is the step's last: buckets may be reduced as soon as they are complete."""
+        self._last, self._next = self._overlap, 0
+        for bucket in self.buckets:
+            bucket.missing = len(bucket.places)
+
+    def _arrived(self, parameter: Any) -> None:
+        if parameter.grad_added_to_main_grad:
+            parameter.grad_added_to_main_grad = False
+        elif parameter.grad is not None:
+            buffer, empty = gradient_buffer.buffer_to_fill(parameter)
+            assert buffer is not None
+            if empty:
+                buffer.copy_(parameter.grad)
+            else:
+                buffer.add_(parameter.grad)
+        parameter.grad = None
+        if self._last:
+            bucket = self._bucket_of[parameter]
+            bucket.missing -= 1
+            while self._next < len(self.buckets) and self.buckets[self._next].missing == 0:
+                self._reduce(self.buckets[self._next])
+                self._next += 1
+
+    def finish(self) -> None:
+        """Reduce what has not been reduced yet. Parameters that no gradient has reached have a gradient of zeros."""
+        started = self._next if self._last else 0
+        for bucket in self.buckets[started:]:
+            self._reduce(bucket)
+        self._last = False
+        for bucket in self.buckets:
+            if bucket.handle is not None:
+                bucket.handle.wait()
+                bucket.handle = None
+
+    def _reduce(self, bucket: Bucket) -> None:
+        gradient_buffer.settle(bucket.trained)
+        if self.sharded:
+            mine = self._mine(bucket.gradients)
+            bucket.handle = dist.reduce_scatter_tensor(mine, bucket.gradients, async_op=True)
+        elif self.world > 1:
+            bucket.handle = dist.all_reduce(bucket.gradients, async_op=True)
+
+    def filled(self) -> list[bool]:
+        """Of each parameter whether its buffer holds a gradient."""
+        return [not parameter.main_grad_empty for parameter in self._bucket_of]
+
+    def mark_filled(self, filled: Sequence[bool]) -> None:
+        """The reverse, after something that ran without the hooks (a graph)."""
+        for parameter, full in zip(self._bucket_of, filled, strict=True):
+            parameter.main_grad_empty = not full
+
+    # ------------------------------------------------------------------------------------------------ the update
+    def _mine(self, buffer: Tensor) -> Tensor:
+        width = buffer.numel() // self.world
+        return buffer[self.rank * width : (self.rank + 1) * width]
+
+    def counted(self) -> list[Tensor]:
+        """The gradients of which this rank adds the squares to the norm: its equal part of every bucket."""
+        return [self._mine(bucket.gradients) for bucket in self.buckets]
+
+    def shards(self, make: Callable[[Tensor, Tensor, bool], Shard]) -> tuple[dict[Tensor, Shard], list[Shard]]:
+        """What this rank updates of each parameter, and the longer ranges to update at a time that hold them.
+
+        `make` brings the state of the optimizer for a range of parameters and gradients with or without decay.
+        """
+        by_parameter: dict[Tensor, Shard] = {}
+        updates = []
+        for bucket in self.buckets:
+            for decayed, begin, end in self._spans(bucket):
+                span = make(bucket.parameters[begin:end], bucket.gradients[begin:end], decayed)
+                updates.append(span)
+                for place in bucket.places:
+                    first, last = max(place.begin, begin), min(place.end, end)
+                    if place.decayed == decayed and first < last:
+                        where = slice(first - begin, last - begin)
+                        by_parameter[place.parameter] = _part(span, where, first - place.begin)
+        return by_parameter, updates
+
+    def _spans(self, bucket: Bucket) -> Iterator[tuple[bool, int, int]]:
+        """This rank's part of a bucket, cut where weight decay ends."""
+        total = bucket.parameters.numel()
+        width = total // self.world if self.sharded else total
+        low = self.rank * width if self.sharded else 0
+        cut = min((place.begin for place in bucket.places if not place.decayed), default=total)
+        for decayed, first, last in ((True, 0, cut), (False, cut, total)):
+            begin, end = max(first, low), min(last, low + width)
+            if begin < end:
+                yield decayed, begin, end
+
+    def gather(self) -> None:
+        """Begin to bring every rank the parameters that others have updated."""
+        if self.sharded:
+            for bucket in self.buckets:
+                mine = self._mine(bucket.parameters)
+                bucket.gathering = dist.all_gather_into_tensor(bucket.parameters, mine, async_op=True)
+
+    def gathered(self) -> None:
+        """Wait until that is done; the device waits, not the host."""
+        for bucket in self.buckets:
+            if bucket.gathering is not None:
+                bucket.gathering.wait()
+                bucket.gathering = None
+
+
+def _groups(parameters: Sequence[tuple[str, Any]], size: int) -> Iterator[list[tuple[str, Any]]]:
+    """The parameters, in order, as lists of one dtype and at least `size` elements; the last of a dtype may be less."""
+    open_: dict[torch.dtype, list[tuple[str, Any]]] = {}
+    for name, parameter in parameters:
+        group = open_.setdefault(parameter.dtype, [])
+        group.append((name, parameter))
+        if sum(member.numel() for _, member in group) >= size:
+            yield open_.pop(parameter.dtype)
+    yield from open_.values()
+
+
+def _part(span: Shard, where: slice, start: int) -> Shard:
+    """The range of `span` that belongs to one parameter: views of the same memory."""
+    return Shard(
+        start=start,
+        parameter=span.parameter[where],
+        gradient=span.gradient[where],
+        exp_avg=span.exp_avg[where],
+        exp_avg_sq=span.exp_avg_sq[where],
+        remainder=None if span.remainder is None else span.remainder[where],
+        decayed=span.decayed,
+        counted=span.counted,
+        ema=None if span.ema is None else span.ema[where],
+    )
