@@ -258,8 +258,12 @@ def statistics_problems(dataset: Dataset) -> Iterator[str]:
 
 
 def flat_dimensions(entry: Mapping[str, np.ndarray], low: str, high: str) -> tuple[list[int], list[int]]:
-    """Dimensions whose range from `low` to `high` is zero: those that vary all the same, and those that never do."""
-    flat = (entry[high] - entry[low]).ravel() == 0
+    """Dimensions whose range from `low` to `high` is zero: those that vary all the same, and those that never do.
+
+    Quantiles of equal values lie up to 1e-10 apart in lerobot's definition, so a range that small is none.
+    """
+    size = np.maximum(1.0, np.maximum(np.abs(entry[low]), np.abs(entry[high]))).ravel()
+    flat = (entry[high] - entry[low]).ravel() <= 1e-8 * size
     still = (entry["max"] - entry["min"]).ravel() == 0 if "min" in entry and "max" in entry else flat
     return np.flatnonzero(flat & ~still).tolist(), np.flatnonzero(flat & still).tolist()
 
