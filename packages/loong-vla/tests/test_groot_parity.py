@@ -11,74 +11,36 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from groot_tiny import BASE, QWEN, build_model, loss_of
 from safetensors.torch import load_file
 from torch import Tensor
 
 from loong_ckpt import hf
-from loong_core.ops import OPS, bind
 from loong_core.precision import POLICIES
 from loong_core.recipe import Recipe
-from loong_core.types import OpRequest, ParallelPlan
+from loong_core.types import ParallelPlan
 from loong_core.weights import WeightMap, verb_of
-from loong_vla.groot import Groot, build
+from loong_vla.groot import Groot
 from loong_vla.groot_shape import describe
 from loong_vla.models.groot import GROOT_N17
 
 PEER = os.environ.get("LOONG_LEROBOT_PYTHON")
 SCRIPT = Path(__file__).parent / "parity" / "groot_peer.py"
-BACKBONE: dict[str, Any] = {
-    "image_token_id": 3,
-    "video_token_id": 4,
-    "vision_start_token_id": 1,
-    "vision_end_token_id": 2,
-    "tie_word_embeddings": True,
-    "text_config": {
-        **{"hidden_size": 48, "intermediate_size": 40, "num_attention_heads": 4, "num_key_value_heads": 2},
-        **{
-            "head_dim": 12,
-            "num_hidden_layers": 5,
-            "vocab_size": 53,
-            "rms_norm_eps": 1e-6,
-            "model_type": "qwen3_vl_text",
-        },
-        "rope_scaling": {"mrope_interleaved": True, "mrope_section": [2, 2, 2], "rope_type": "default"},
-        **{"rope_theta": 5000000, "tie_word_embeddings": True, "attention_bias": False, "hidden_act": "silu"},
-    },
-    "vision_config": {
-        **{"depth": 3, "hidden_size": 32, "num_heads": 2, "intermediate_size": 44, "out_hidden_size": 48},
-        **{"patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2, "num_position_embeddings": 25},
-        **{"deepstack_visual_indexes": [0, 2], "hidden_act": "gelu_pytorch_tanh", "model_type": "qwen3_vl"},
-    },
-}
-BASE: dict[str, Any] = {
-    **{"backbone_embedding_dim": 48, "select_layer": 3, "hidden_size": 20, "input_embedding_dim": 32},
-    **{"max_state_dim": 11, "max_action_dim": 9, "action_horizon": 7, "max_num_embodiments": 5, "max_seq_len": 16},
-    **{"image_target_size": [16, 16], "image_crop_size": [14, 14], "state_dropout_prob": 0.0},
-    "diffusion_model_cfg": {
-        **{"positional_embeddings": None, "num_layers": 7, "num_attention_heads": 4, "attention_head_dim": 8},
-        **{"norm_type": "ada_norm", "dropout": 0.0, "final_dropout": True, "output_dim": 20},
-        "interleave_self_attention": True,
-    },
-    "vl_self_attention_cfg": {
-        **{"positional_embeddings": None, "num_layers": 2, "num_attention_heads": 4, "attention_head_dim": 12},
-        **{"dropout": 0.0, "final_dropout": True},
-    },
-}
 CASES: dict[str, dict[str, Any]] = {
     "uneven": {
         **{"seed": 1, "cameras": 3, "image": [16, 24], "camera_mask": [[1, 1, 0], [0, 1, 0], [1, 1, 1]]},
         **{"words": [5, 9, 4], "more_padding": 3, "real_steps": [7, 3, 5], "real_actions": 6, "embodiment": [4, 1, 4]},
-        **{"backbone": BACKBONE, "base": BASE, "tune": {}, "embodiments": [1, 4]},
+        **{"backbone": QWEN, "base": BASE, "tune": {}, "embodiments": [1, 4]},
     },
     "even": {
         **{"seed": 2, "cameras": 2, "image": [16, 16], "camera_mask": [[1, 1], [1, 1]]},
         **{"words": [6, 6], "more_padding": 0, "real_steps": [7, 7], "real_actions": 9, "embodiment": [3, 3]},
-        **{"backbone": BACKBONE, "base": BASE, "tune": {"tune_top_llm_layers": 2}, "embodiments": [3]},
+        **{"backbone": QWEN, "base": BASE, "tune": {"tune_top_llm_layers": 2}, "embodiments": [3]},
     },
     "all": {
         **{"seed": 3, "cameras": 1, "image": [24, 16], "camera_mask": [[1], [1], [1]]},
         **{"words": [3, 8, 2], "more_padding": 0, "real_steps": [7, 2, 7], "real_actions": 2, "embodiment": [0, 1, 2]},
-        **{"backbone": BACKBONE, "base": {**BASE, "vl_self_attention_cfg": {"num_layers": 0}}},
+        **{"backbone": QWEN, "base": {**BASE, "vl_self_attention_cfg": {"num_layers": 0}}},
         **{"tune": {"tune_llm": True, "tune_visual": True}, "embodiments": None},
     },
 }
@@ -119,12 +81,6 @@ def config_of(computed: Computed, kind: str = "checkpoint", **more: Any) -> dict
     return {**written, "embodiments": embodiments, **computed.case["tune"], **more}
 
 
-def build_model(config: dict[str, Any]) -> Groot:
-    ops = bind(OPS, OpRequest("cpu", "float32", {}, {}), {})
-    context = SimpleNamespace(ops=ops, precision=POLICIES[0], device="cpu")
-    return build(describe(GROOT_N17, config), context)[0]  # type: ignore[arg-type]
-
-
 def load_rows(model: Groot, tensors: dict[str, Tensor]) -> set[str]:
     """Fill the model by the family's rows; returns the names of tensors used."""
     weights, used = WeightMap(GROOT_N17.weights), set()
@@ -141,12 +97,6 @@ def loaded(computed: Computed, **more: Any) -> Groot:
     model = build_model(config_of(computed, **more))
     load_rows(model, load_file(computed.folder / "checkpoint" / SINGLE))
     return model
-
-
-def loss_of(model: Groot, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    prediction = model(batch)
-    error = (prediction - model.target(batch)).square()
-    return prediction, (error * batch["action_mask"]).sum() / batch["action_mask"].sum()
 
 
 def test_prediction_loss_and_every_gradient(peer: Computed) -> None:

@@ -61,6 +61,10 @@ def pack(batch: Batch, fields: Mapping[str, Any]) -> dict[str, Tensor]:
     unit = fields["patch"] * fields["merge"]
     grid = (batch["images"].shape[2] // unit, batch["images"].shape[3] // unit)
     found = arrange(tokens, valid, cameras, grid, fields["image_token"], fields["padding_as_keys"])
+    if not fields["rope_sections"]:  # a language model that counts rows, whatever they are
+        found = found._replace(
+            positions=torch.arange(tokens.shape[1])[None, :, None].expand_as(found.positions).clone()
+        )
     slots = _places(batch["embodiment"].cpu(), fields["embodiments"])
     packed = found._replace(slots=slots)._asdict()
     return {PREFIX + name: part.to(device) for name, part in packed.items() if part is not None}
