@@ -14,13 +14,13 @@ import numpy as np
 from loong_core.errors import DataError, RecipeError
 from loong_core.recipe import TrainTokenizer
 from loong_vla import prompts
-from loong_vla.check import chosen
+from loong_vla.check import chosen, feature_problems
 from loong_vla.families import Policy, needed, processing
 from loong_vla.lerobot import statistics as computing
 from loong_vla.lerobot.layout import Dataset, Episode, open_dataset
 from loong_vla.lerobot.source import folder_of, options_of
 from loong_vla.lerobot.video import FrameReader
-from loong_vla.normalise import relative_statistics
+from loong_vla.normalise import NEEDED, relative_statistics
 from loong_vla.options import RobotOptions
 from loong_vla.processing import Processing, Robot
 from loong_vla.sequence import Draws, Order, Samples, held_out
@@ -91,7 +91,7 @@ def open_stream(run: Run, replica: int) -> RobotStream:
     )
     if run.is_main:
         _say(use, train, evaluation)
-        save_statistics(run.folder, use.robot)
+        save_statistics(run.folder, use, settings)
     return stream
 
 
@@ -130,6 +130,8 @@ def processing_of(
 ) -> Processing:
     """How the episodes of a dataset (None: all) become inputs of the run's policy. Also for evaluation and sidecars."""
     settings = options_of(run.recipe.data.options) if settings is None else settings
+    if problems := list(feature_problems(dataset, settings)):
+        raise DataError(problems)
     episodes = list(dataset.episodes) if episodes is None else episodes
     policy = Policy(
         family=run.family.name,
@@ -162,15 +164,7 @@ def _pairs(dataset: Dataset, episodes: Sequence[Episode], settings: RobotOptions
 def robot_of(
     dataset: Dataset, settings: RobotOptions, statistics: Mapping[str, Mapping[str, Any]] | None = None
 ) -> Robot:
-    """A dataset's robot, with these statistics.
-
-    Raises:
-        DataError: the dataset has no such state or action.
-    """
-    from loong_vla.check import feature_problems
-
-    if problems := list(feature_problems(dataset, settings)):
-        raise DataError(problems)
+    """A dataset's robot, with these statistics."""
     state, action = dataset.features[settings.state], dataset.features[settings.action]
     names = action.names
     if isinstance(names, Mapping):
@@ -209,12 +203,15 @@ def statistics_of(
     return dict(computing.compute(dataset, list(names), episodes=[item.index for item in episodes]))
 
 
-def save_statistics(folder: Path, robot: Robot) -> None:
-    """Leave the statistics a run normalises by in its folder."""
-    plain = {
-        name: {key: np.asarray(value).tolist() for key, value in entry.items()}
-        for name, entry in (robot.statistics or {}).items()
-    }
+def save_statistics(folder: Path, use: Processing, settings: RobotOptions) -> None:
+    """Leave the statistics a run normalises by in its folder. Of actions that count from the state these are others
+    than the dataset's, so of them only what is used is kept."""
+    found = {name: dict(entry) for name, entry in (use.robot.statistics or {}).items()}
+    if use.relative is not None:
+        found.pop(settings.action, None)
+    for feature, way in ((settings.state, use.states), (settings.action, use.actions)):
+        found.setdefault(feature, {}).update(zip(NEEDED[way.mode], (way.low, way.high), strict=False))
+    plain = {name: {key: np.asarray(value).tolist() for key, value in entry.items()} for name, entry in found.items()}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / STATISTICS).write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
 

@@ -7,15 +7,21 @@ those that lerobot 0.6 writes for `pi05`.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loong_core.errors import CheckpointError
+from loong_vla.normalise import MODES
+from loong_vla.options import RobotOptions
 from loong_vla.pi05_shape import OWN_KEYS
 
 if TYPE_CHECKING:
     from loong_core.train.run import Run
+    from loong_vla.processing import Robot
+
+logger = logging.getLogger(__name__)
 
 STATISTICS = "statistics.json"
 """File of a run folder, where its data leaves what states and actions were normalised by: feature -> statistic ->
@@ -42,13 +48,18 @@ def sidecars(run: Run, files: dict[str, bytes]) -> dict[str, bytes]:
     Raises:
         CheckpointError: the statistics in the run folder cannot be read.
     """
+    from loong_vla.lerobot.source import options_of
+
     weights = run.recipe.model.weights
     found = {**(beside(weights) if weights is not None else {}), **files}
     config = policy_config(json.loads(found["config.json"]), run.shape.fields)
-    statistics = _statistics(run)
+    settings = options_of(run.recipe.data.options) if (run.folder / STATISTICS).is_file() else RobotOptions()
+    statistics = _statistics(run, settings)
     if statistics is not None:
-        config = fitted(config, statistics, _cameras(run))
+        config = fitted(config, statistics, _robot(run, settings), settings)
         found |= processors(config, statistics)
+        if settings.prompt == "task":
+            logger.warning("LeRobot's processor puts the state into every prompt of Pi0.5; this policy read the task.")
     found["config.json"] = _json(config)
     return found
 
@@ -89,89 +100,103 @@ def policy_config(config: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[
     }
 
 
-def fitted(config: Mapping[str, Any], statistics: Mapping[str, Any], cameras: tuple[str, ...]) -> dict[str, Any]:
-    """The configuration with the sizes of the state and action that `statistics` are of, and `cameras`, unless the
-    policy names its own."""
+def fitted(
+    config: Mapping[str, Any], statistics: Mapping[str, Any], robot: Robot | None, settings: RobotOptions
+) -> dict[str, Any]:
+    """The configuration with the sizes, cameras and normalisation of what the policy was trained on. `robot`: None
+    where its data are not there any more; the policy's cameras then are those it named before."""
+    import numpy as np
+
+    from loong_vla.families import Policy, cameras
+
     side = (config.get("image_resolution") or [224, 224])[0]
-    inputs = {name: entry for name, entry in (config.get("input_features") or {}).items() if entry["type"] == "VISUAL"}
-    inputs = inputs or {name: {"type": "VISUAL", "shape": [3, side, side]} for name in cameras}
-    sizes = {name: max(len(values) for values in statistics[name].values()) for name in FEATURES}
+    found = {name: entry for name, entry in (config.get("input_features") or {}).items() if entry["type"] == "VISUAL"}
+    if robot is not None:
+        policy = Policy(family="pi05", fields={}, config=config, tokenizer=None, settings=settings)
+        image = {"type": "VISUAL", "shape": [3, side, side]}
+        found = {camera.name: found.get(camera.name, image) for camera in cameras(policy, robot)}
+    sizes = {name: max(map(np.size, statistics[name].values()), default=0) for name in FEATURES}
+    if robot is not None:
+        sizes = {"observation.state": robot.state, "action": robot.action}
+    modes = {"VISUAL": "IDENTITY", "STATE": "QUANTILES", "ACTION": "QUANTILES"}
+    modes |= config.get("normalization_mapping") or {}
+    names = {mode: name for name, mode in MODES.items()}
+    modes |= {kind.upper(): names[mode] for kind, mode in settings.normalise.items()}
+    named = {"action_feature_names": list(robot.action_names)} if robot is not None and robot.action_names else {}
     return {
         **config,
-        "input_features": {**inputs, "observation.state": {"type": "STATE", "shape": [sizes["observation.state"]]}},
+        **named,
+        "input_features": {**found, "observation.state": {"type": "STATE", "shape": [sizes["observation.state"]]}},
         "output_features": {"action": {"type": "ACTION", "shape": [sizes["action"]]}},
+        "normalization_mapping": modes,
     }
 
 
 def processors(config: Mapping[str, Any], statistics: Mapping[str, Mapping[str, Any]]) -> dict[str, bytes]:
-    """LeRobot's two pipelines, of files by name: from a robot's observation to the policy's input, and from its output
-    to the robot's action. `statistics` are of `observation.state` and `action`."""
+    """LeRobot's two pipelines, as files by name: from a robot's observation to the policy's input, and from its output
+    to the robot's action. `config` is `fitted`, `statistics` are of `observation.state` and `action`."""
     import numpy as np
     from safetensors.numpy import save
 
-    modes = {"VISUAL": "IDENTITY", "STATE": "QUANTILES", "ACTION": "QUANTILES"}
-    modes = {**modes, **(config.get("normalization_mapping") or {})}
     known = {
         f"{feature}.{name}": np.asarray(values, np.float32)
         for feature in FEATURES
         for name, values in statistics[feature].items()
     }
-    relative = bool(config.get("use_relative_actions"))
-    device = {"registry_name": "device_processor", "config": {"device": "cpu", "float_dtype": None}}
-    outputs = config["output_features"]
+    pipelines = {BEFORE: _before(config), AFTER: _after(config)}
+    found = {f"{name}.json": _json({"name": name, "steps": steps}) for name, steps in pipelines.items()}
+    return {**found, BEFORE_STATE: save(known), AFTER_STATE: save(known)}
 
-    def scaling(name: str, features: Mapping[str, Any], state: str) -> dict[str, Any]:
-        return {
-            "registry_name": name,
-            "config": {"eps": 1e-8, "features": dict(features), "norm_map": modes},
-            "state_file": state,
-        }
 
-    before = [
-        {"registry_name": "rename_observations_processor", "config": {"rename_map": {}}},
-        {"registry_name": "to_batch_processor", "config": {}},
-        {
-            "registry_name": "relative_actions_processor",
-            "config": {
-                "enabled": relative,
-                "exclude_joints": config.get("relative_exclude_joints", ["gripper"]),
-                "action_names": config.get("action_feature_names"),
-            },
-        },
-        scaling("normalizer_processor", {**config["input_features"], **outputs}, BEFORE_STATE),
-        {"registry_name": "pi05_prepare_state_tokenizer_processor_step", "config": {}},
-        {
-            "registry_name": "tokenizer_processor",
-            "config": {
-                "max_length": config.get("tokenizer_max_length", 200),
-                "task_key": "task",
-                "padding_side": "right",
-                "padding": "max_length",
-                "truncation": True,
-                "tokenizer_name": PALIGEMMA,
-            },
-        },
-        device,
-    ]
-    after = [
-        scaling("unnormalizer_processor", outputs, AFTER_STATE),
-        {"registry_name": "absolute_actions_processor", "config": {"enabled": relative}},
-        device,
-    ]
-    return {
-        f"{BEFORE}.json": _json({"name": BEFORE, "steps": before}),
-        f"{AFTER}.json": _json({"name": AFTER, "steps": after}),
-        BEFORE_STATE: save(known),
-        AFTER_STATE: save(known),
+def _before(config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    relative = {
+        "enabled": bool(config.get("use_relative_actions")),
+        "exclude_joints": config.get("relative_exclude_joints", ["gripper"]),
+        "action_names": config.get("action_feature_names"),
     }
+    tokenizer = {
+        "max_length": config.get("tokenizer_max_length", 200),
+        "task_key": "task",
+        "padding_side": "right",
+        "padding": "max_length",
+        "truncation": True,
+        "tokenizer_name": PALIGEMMA,
+    }
+    features = {**config["input_features"], **config["output_features"]}
+    return [
+        _step("rename_observations_processor", rename_map={}),
+        _step("to_batch_processor"),
+        _step("relative_actions_processor", **relative),
+        _scaling("normalizer_processor", features, config, BEFORE_STATE),
+        _step("pi05_prepare_state_tokenizer_processor_step"),
+        _step("tokenizer_processor", **tokenizer),
+        _step("device_processor", device="cpu", float_dtype=None),
+    ]
 
 
-def _statistics(run: Run) -> dict[str, dict[str, Any]] | None:
+def _after(config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [
+        _scaling("unnormalizer_processor", config["output_features"], config, AFTER_STATE),
+        _step("absolute_actions_processor", enabled=bool(config.get("use_relative_actions"))),
+        _step("device_processor", device="cpu", float_dtype=None),
+    ]
+
+
+def _step(name: str, **settings: Any) -> dict[str, Any]:
+    return {"registry_name": name, "config": settings}
+
+
+def _scaling(name: str, features: Mapping[str, Any], config: Mapping[str, Any], state: str) -> dict[str, Any]:
+    settings = {"eps": 1e-8, "features": dict(features), "norm_map": config["normalization_mapping"]}
+    return {"registry_name": name, "config": settings, "state_file": state}
+
+
+def _statistics(run: Run, settings: RobotOptions) -> dict[str, dict[str, Any]] | None:
     """What the run's data was normalised by, under LeRobot's names; None where it left nothing."""
     path = run.folder / STATISTICS
     if not path.is_file():
         return None
-    named = {feature: run.recipe.data.options.get(option, feature) for feature, option in FEATURES.items()}
+    named = {feature: getattr(settings, option) for feature, option in FEATURES.items()}
     try:
         content = json.loads(path.read_bytes())
         return {feature: dict(content[name]) for feature, name in named.items()}
@@ -182,18 +207,15 @@ def _statistics(run: Run) -> dict[str, dict[str, Any]] | None:
         ) from error
 
 
-def _cameras(run: Run) -> tuple[str, ...]:
-    """The dataset's cameras, in the order the policy sees them; the policy's own names where the recipe maps them."""
-    named = run.recipe.data.options.get("cameras")
-    if isinstance(named, Mapping):
-        return tuple(named)
-    if named is not None:
-        return tuple(name or f"observation.images.empty_camera_{index}" for index, name in enumerate(named))
-    if not isinstance(run.recipe.data.path, (str, Path)) or not (Path(run.recipe.data.path) / "meta").is_dir():
-        return ()
+def _robot(run: Run, settings: RobotOptions) -> Robot | None:
+    """The robot of the run's dataset; None where that is not there any more."""
+    path = run.recipe.data.path
+    if not isinstance(path, Path) or not (path / "meta").is_dir():
+        return None
     from loong_vla.lerobot.layout import open_dataset
+    from loong_vla.open_stream import robot_of
 
-    return tuple(open_dataset(run.recipe.data.path).cameras)
+    return robot_of(open_dataset(path), settings)
 
 
 def _json(content: object) -> bytes:
