@@ -44,7 +44,7 @@ def test_loong_comes_from_wheels(outside: CleanEnvironment, tmp_path: Path) -> N
 def test_broken_plugins_are_isolated_and_named(outside: CleanEnvironment, tmp_path: Path) -> None:
     listed = {row["name"]: row for row in outside.json("loong", "plugins", "--json", cwd=tmp_path)["plugins"]}
     assert {name for name, row in listed.items() if row["error"] is None} == {
-        *("ckpt", "core", "example_backend", "example_model", "llm", "ops")
+        *("ckpt", "core", "example_backend", "example_model", "llm", "ops", "vla")
     }
     assert listed["example_model"]["provides"] == {"model_families": ["seed_oss"]}
     assert listed["example_backend"]["provides"] == {"backends": ["example_chip"], "ops": ["rms_norm.example_chip"]}
