@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from loong_core.hookspecs import hookimpl
 
 if TYPE_CHECKING:
-    from loong_core.types import ModelFamily, RecipeFolder, Task
+    from loong_core.types import DataSource, ModelFamily, RecipeFolder, Task
 
 
 @hookimpl
@@ -27,6 +27,14 @@ def loong_tasks() -> Iterable[Task]:
     from loong_vla.tasks import TASKS
 
     return TASKS
+
+
+@hookimpl
+def loong_data_sources() -> Iterable[DataSource]:
+    """LeRobot datasets."""
+    from loong_vla.lerobot.source import SOURCE
+
+    return [SOURCE]
 
 
 @hookimpl
