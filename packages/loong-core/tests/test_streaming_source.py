@@ -76,7 +76,7 @@ def _module(monkeypatch: pytest.MonkeyPatch) -> None:
     module = ModuleType("robot_data")
     module.__dict__.update(
         check=lambda path, options: [],
-        fit=lambda recipe, shape: [f"the policy takes {shape.hidden} numbers of state, episode 0 has 7"],
+        fit=lambda recipe, shape, config: [f"the policy takes {shape.hidden} numbers of state, episode 0 has 7"],
         stream=lambda run, replica: Frames(replica),
         evaluate=lambda run, engine, data: {"eval_mae": 0.25},
     )
@@ -121,10 +121,11 @@ def test_rows_and_encoders_that_are_not_there_are_named() -> None:
 
 def test_the_data_is_compared_with_the_model_unless_something_is_wrong_already() -> None:
     shape = decoder_shape()
+    model: Any = SimpleNamespace(shape=shape, config={})
     for already, expected in (([], 1), (["model.weights: broken"], 1)):
         findings = Findings(loaded({"data": {"path": "episodes"}}))
         findings.messages.extend(already)
-        check_fit(findings.loaded.recipe, ROBOT, shape, findings)
+        check_fit(findings.loaded.recipe, ROBOT, model, findings)
         assert len(findings.messages) == expected
         assert already or f"takes {shape.hidden} numbers" in findings.messages[0]
 

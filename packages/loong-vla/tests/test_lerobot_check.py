@@ -16,10 +16,8 @@ from PIL import Image
 
 from loong_core.cli import run
 from loong_core.errors import DataError
-from loong_core.recipe_load import from_mapping
 from loong_core.registry import open_registry
-from loong_core.types import ModelShape
-from loong_vla.check import check, fit, report
+from loong_vla.check import check, report
 from loong_vla.lerobot.examine import SHOWN
 from loong_vla.lerobot.generate import generate
 from loong_vla.lerobot.layout import Dataset, open_dataset
@@ -197,37 +195,6 @@ def test_a_depth_map_is_no_camera(dataset: Dataset) -> None:
     assert open_dataset(dataset.root).cameras == (FRONT,)
     assert "is a depth map, which no policy reads" in check(dataset.root, {"cameras": [WRIST]})[0]
     assert f"{WRIST} is a depth map and not read." in report(dataset.root)["notes"]
-
-
-# -------------------------------------------------------------------------------------------------------- model
-def _shape(**fields: Any) -> ModelShape:
-    settings = {"state_size": 32, "action_size": 32, "horizon": 5, **fields}
-    return ModelShape(family="pi05", fields=settings, layers=1, hidden=8, parameters=())
-
-
-def _recipe(dataset: Dataset, **options: Any) -> Any:
-    return from_mapping({"data": {"source": "lerobot", "path": str(dataset.root), "options": options}})
-
-
-def test_fit(dataset: Dataset) -> None:
-    assert fit(_recipe(dataset), _shape()) == []
-    found = fit(_recipe(dataset), _shape(state_size=7, action_size=4))
-    assert len(found) == 2
-    assert "feature `observation.state` has 8 numbers" in found[0] and "pi05 takes at most 7" in found[0]
-    assert fit(_recipe(dataset, drop_tail=True), _shape(horizon=9)) == []
-    too_long = fit(_recipe(dataset, drop_tail=True), _shape(horizon=10))
-    assert "no episode is as long as an action chunk of pi05: 9 rows at most, chunks have 10" in too_long[0]
-    assert fit(_recipe(dataset, drop_tail=False), _shape(horizon=10)) == []
-
-
-def test_fit_of_embodiments(dataset: Dataset) -> None:
-    groot = _shape(embodiments={"libero_sim": 2, "new_embodiment": 10}, slots=32)
-    for wanted in ("libero_sim", 31, None):
-        assert fit(_recipe(dataset, embodiment=wanted), groot) == []
-    assert "knows no embodiment 'libero_sin'" in fit(_recipe(dataset, embodiment="libero_sin"), groot)[0]
-    assert "Did you mean 'libero_sim'?" in fit(_recipe(dataset, embodiment="libero_sin"), groot)[0]
-    assert "32 is no slot of pi05, which has 0 to 31" in fit(_recipe(dataset, embodiment=32), groot)[0]
-    assert "pi05 has no embodiments" in fit(_recipe(dataset, embodiment="libero_sim"), _shape())[0]
 
 
 # ------------------------------------------------------------------------------------------------------- report

@@ -102,7 +102,7 @@ def prepare(loaded: LoadedRecipe, registry: Registry, worker: bool = False, purp
     findings.absorb("", findings.attempt("", lambda: registry.validate(recipe, cluster)) or [])
     notes = unused_keys(recipe, source) if source is not None else []
     if source is not None and model is not None and purpose == "train":
-        check_fit(recipe, source, model.shape, findings)
+        check_fit(recipe, source, model, findings)
     recipe, note = _familys_planner(recipe, model)
     notes += [note] if note else []
     planner = _find_planner(recipe, cluster, registry, findings)

@@ -8,7 +8,8 @@ from loong_core.findings import Findings
 from loong_core.recipe import DataSection, Recipe
 from loong_core.recipe_load import check_options
 from loong_core.registry import Registry, resolve
-from loong_core.types import DataSource, ModelShape, Task
+from loong_core.types import DataSource, Task
+from loong_core.validate_model import Model
 
 _OF_ROWS = ("seq_len", "pack", "bad_rows", "cache")
 """Keys of `data` that mean something only where rows of text are cut into batches."""
@@ -54,14 +55,14 @@ def check_match(source: DataSource, task: Task, findings: Findings) -> None:
         )
 
 
-def check_fit(recipe: Recipe, source: DataSource, shape: ModelShape, findings: Findings) -> None:
+def check_fit(recipe: Recipe, source: DataSource, model: Model, findings: Findings) -> None:
     """What the source itself finds when it compares its data with the model. Left out where the files are already
     known to be wrong."""
     if source.fit is None or findings.suspect("data", "model") or findings.messages:
         return
     with findings.at("data.path"):
         fit = resolve(source.fit, f"the data source {source.name!r}")
-        findings.absorb("data.path", [str(problem) for problem in fit(recipe, shape)])
+        findings.absorb("data.path", [str(problem) for problem in fit(recipe, model.shape, model.config)])
 
 
 def unused_keys(recipe: Recipe, source: DataSource) -> list[str]:

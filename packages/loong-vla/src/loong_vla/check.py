@@ -7,15 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from loong_core.errors import DataError
-from loong_core.recipe import Recipe
 from loong_core.suggest import did_you_mean
-from loong_core.types import ModelShape
 from loong_vla.lerobot import examine
 from loong_vla.lerobot.layout import INDEX_FEATURES, Dataset, Episode, Feature, open_dataset
 from loong_vla.lerobot.source import folder_of, options_of
 from loong_vla.options import RobotOptions
 
-_READ_ROWS = 5_000_000
+READ_ROWS = 5_000_000
 """The most rows whose numbers are read before every run: some seconds."""
 
 _DECODED_FRAMES = 20_000
@@ -34,7 +32,7 @@ def check(path: Any, options: Any = None) -> list[str]:
     problems = examine.Problems()
     problems.add("features", feature_problems(dataset, settings))
     examine.structure(dataset, episodes, problems)
-    if not problems.texts() and sum(item.length for item in episodes) <= _READ_ROWS:
+    if not problems.texts() and sum(item.length for item in episodes) <= READ_ROWS:
         examine.rows(dataset, episodes, problems)
     return problems.texts()
 
@@ -78,58 +76,6 @@ def feature_problems(dataset: Dataset, settings: RobotOptions) -> Iterator[str]:
 
 def _vector(feature: Feature) -> bool:
     return feature.numeric and len(feature.shape) == 1 and feature.name not in INDEX_FEATURES
-
-
-# -------------------------------------------------------------------------------------------------------- model
-def fit(recipe: Recipe, shape: ModelShape) -> list[str]:
-    """Problems of the data with this model: vectors that are longer than its own, episodes too short for a chunk, a
-    robot it does not know. The files themselves are `check`'s."""
-    settings = options_of(recipe.data.options)
-    paths = [recipe.data.path]
-    if recipe.data.eval is not None and recipe.data.eval.path is not None:
-        paths.append(recipe.data.eval.path)
-    problems: list[str] = []
-    for path in paths:
-        try:
-            dataset = open_dataset(folder_of(path))
-            problems += _fit_problems(dataset, chosen(dataset, settings), settings, shape)
-        except DataError as error:
-            problems += error.problems
-    return [*problems, *_embodiment_problems(settings, shape)]
-
-
-def _fit_problems(
-    dataset: Dataset, episodes: Sequence[Episode], settings: RobotOptions, shape: ModelShape
-) -> Iterator[str]:
-    fields = shape.fields
-    for key in ("state", "action"):
-        feature, most = dataset.features.get(getattr(settings, key)), fields.get(f"{key}_size")
-        if feature is not None and most is not None and feature.size > most:
-            found = f"has {feature.size} numbers (`meta/info.json`: shape {list(feature.shape)})"
-            remedy = f"Choose another feature in data.options.{key}, or a model that is wider."
-            yield f"`{dataset.root}`: feature `{feature.name}` {found}, {shape.family} takes at most {most}. {remedy}"
-    horizon = fields.get("horizon")
-    if settings.drop_tail and horizon is not None and all(item.length < horizon for item in episodes):
-        longest = max((item.length for item in episodes), default=0)
-        remedy = "Set data.options.drop_tail to false, or record longer episodes."
-        yield (
-            f"`{dataset.root}`: no episode is as long as an action chunk of {shape.family}: {longest} rows at most, "
-            f"chunks have {horizon}. {remedy}"
-        )
-
-
-def _embodiment_problems(settings: RobotOptions, shape: ModelShape) -> Iterator[str]:
-    wanted = settings.embodiment
-    if wanted is None:
-        return
-    known, slots = shape.fields.get("embodiments"), shape.fields.get("slots")
-    if known is None and slots is None:
-        yield f"data.options.embodiment: {shape.family} has no embodiments. Remove the key."
-    elif isinstance(wanted, str) and isinstance(known, Mapping) and wanted not in known:
-        listed = f"Known are {', '.join(sorted(known))}.{did_you_mean(wanted, known)}"
-        yield f"data.options.embodiment: {shape.family} knows no embodiment {wanted!r}. {listed}"
-    elif isinstance(wanted, int) and isinstance(slots, int) and wanted >= slots:
-        yield f"data.options.embodiment: {wanted} is no slot of {shape.family}, which has 0 to {slots - 1}."
 
 
 # ------------------------------------------------------------------------------------------------------- report
@@ -216,9 +162,9 @@ def _notes(dataset: Dataset, episodes: Sequence[Episode], settings: RobotOptions
                 continue
             moving, still = examine.flat_dimensions(entry, low, high)
             if still and low == "min":
-                result.append(f"`{name}` never changes in {_dimensions(dataset.features[name], still)}.")
+                result.append(f"`{name}` never changes in {dimensions(dataset.features[name], still)}.")
             if moving:
-                which = _dimensions(dataset.features[name], moving)
+                which = dimensions(dataset.features[name], moving)
                 result.append(
                     f"`{name}` has the same {low} and {high} in {which}, yet other values occur: normalised by them, "
                     "those would be huge. Normalise by min_max or mean_std (data.options.normalise)."
@@ -246,7 +192,8 @@ def _foreign(name: str, given: Mapping[str, Any], found: Mapping[str, Any]) -> l
     return [f"`{name}`: {off}. data.options.statistics: compute takes the rows' own."]
 
 
-def _dimensions(feature: Feature, numbers: Sequence[int]) -> str:
+def dimensions(feature: Feature, numbers: Sequence[int]) -> str:
+    """Dimensions of a feature in words, by number and name."""
     names = feature.names
     if isinstance(names, dict):
         names = next((value for value in names.values() if isinstance(value, list)), None)
