@@ -95,7 +95,7 @@ class Count(NamedTuple):
 class Inventory:
     """The parameters of a model, grouped: outside the layers, and by kind of layer.
 
-    `freeze` are fnmatch patterns of roles that are not trained.
+    `freeze` are fnmatch patterns of roles that are not trained, besides those that the family itself freezes.
     """
 
     def __init__(self, shape: ModelShape, freeze: Sequence[str] = ()) -> None:
@@ -103,7 +103,7 @@ class Inventory:
         buckets: dict[int | str, list[tuple[ParameterSpec, bool]]] = {"first": [], "last": []}
         experts: dict[int | str, set[int]] = {}
         for spec in shape.parameters:
-            trainable = frozen is None or frozen.match(spec.role) is None
+            trainable = not spec.frozen and (frozen is None or frozen.match(spec.role) is None)
             place = spec.layer if spec.place == "layer" and spec.layer is not None else spec.place
             buckets.setdefault(place, []).append((spec, trainable))
             if spec.expert is not None:
