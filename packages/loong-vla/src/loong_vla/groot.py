@@ -110,8 +110,8 @@ class Groot(nn.Module):
 
     def packing(self, batch: Batch) -> dict[str, Tensor]:
         """What to add to a batch on the CPU (`loong_vla.groot_packing.pack`), so that the device need not be waited
-        for."""
-        return pack(batch, self.shape.fields)
+        for; nothing where it is there already."""
+        return {} if packing_of(batch) is not None else pack(batch, self.shape.fields)
 
     # ------------------------------------------------------------------------------------------------------- parts
     def _packing(self, batch: Batch) -> Packing:
@@ -135,11 +135,11 @@ class Groot(nn.Module):
 
     def _observed(self, batch: Batch, packing: Packing) -> list[Memory]:
         features = self.features(batch, packing)
-        length, samples, width = features.shape
+        samples = features.shape[1]
         rows = torch.cat((packing.text_rows, packing.image_rows), dim=1)
         rows = rows * samples + torch.arange(samples, device=features.device)[:, None]
-        sorted_rows = features.view(length * samples, width)[rows]
-        refined = self.refiner(sorted_rows, packing.keys)
+        chosen = features.flatten(0, 1).index_select(0, rows.flatten())
+        refined = self.refiner(chosen.unflatten(0, rows.shape), packing.keys)
         text, images = refined.split([packing.text_rows.shape[1], packing.image_rows.shape[1]], dim=1)
         return self.dit.remember(text, images, packing.text, packing.images)
 

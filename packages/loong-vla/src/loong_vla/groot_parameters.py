@@ -33,12 +33,11 @@ biases in a tensor named with `_bias`."""
 
 
 def specs(fields: Fields) -> Iterator[ParameterSpec]:
-    """Every parameter of the model in the order of execution."""
-    yield from _language(fields)
-    yield from (_qwen_tower if fields["tower"] == "qwen3_vl" else _siglip_tower)(fields)
-    yield from _refiner(fields)
-    yield from _slots(fields)
-    yield from _dit(fields)
+    """Every parameter of the model. What belongs to no stack of layers is placed first or last."""
+    tower = _qwen_tower if fields["tower"] == "qwen3_vl" else _siglip_tower
+    for part, place in ((_language, "first"), (tower, "first"), (_refiner, "last"), (_slots, "last"), (_dit, "last")):
+        for spec in part(fields):
+            yield spec if spec.layer is not None else replace(spec, place=place)  # type: ignore[arg-type]
 
 
 def fused(fields: Fields) -> dict[str, list[str]]:
@@ -91,7 +90,7 @@ def _block(role: str, width: int, inner: int, **more: Any) -> Iterator[Parameter
 def _language(fields: Fields) -> Iterator[ParameterSpec]:
     hidden, width, ffn, frozen = fields["hidden"], fields["head_dim"], fields["ffn"], not fields["tune_llm"]
     vocabulary = fields["vocabulary"]
-    yield ParameterSpec(role="embed", shape=(vocabulary, hidden), place="first", frozen=frozen)
+    yield ParameterSpec(role="embed", shape=(vocabulary, hidden), frozen=frozen)
     for layer in range(fields["layers"]):
         spec = partial(ParameterSpec, layer=layer, frozen=not trained_layer(fields, layer))
         role = f"llm.layers.{layer}"

@@ -14,6 +14,7 @@ from typing import Any
 
 from loong_core.errors import CheckpointError, RecipeError, Unsupported
 from loong_core.types import ModelFamily, ModelShape
+from loong_vla.groot_costs import costs
 from loong_vla.groot_parameters import specs
 
 EMBODIMENTS: dict[str, int] = {
@@ -38,14 +39,19 @@ def describe(family: ModelFamily, config: Mapping[str, Any]) -> ModelShape:
         Unsupported: the configuration asks for something that loong would not compute.
     """
     fields = resolve(family, config)
+    parameters = tuple(specs(fields))
+    # Layers are numbered within a stack: a planner sees the tower, the language model and the head side by side.
+    layers = max(fields["vision_layers"], fields["layers"], fields["dit_layers"])
+    estimate = costs(fields, parameters, layers)
     return ModelShape(
         family=family.name,
-        fields=fields,
-        layers=fields["layers"],
+        fields={**fields, "sample_tokens": estimate.tokens},
+        layers=layers,
         hidden=fields["hidden"],
-        parameters=tuple(specs(fields)),
+        parameters=parameters,
         vocabulary=fields["vocabulary"],
-        tied_embeddings=True,
+        active_parameters=estimate.active,
+        activation_replicated=estimate.kept,
     )
 
 
