@@ -16,9 +16,10 @@ if TYPE_CHECKING:
 def loong_model_families() -> Iterable[ModelFamily]:
     """Pi0.5 and GR00T."""
     from loong_vla.models.groot import GROOT_N17
+    from loong_vla.models.groot_n16 import GROOT_N16
     from loong_vla.models.pi05 import PI05
 
-    return [PI05, GROOT_N17]
+    return [PI05, GROOT_N17, GROOT_N16]
 
 
 @hookimpl
