@@ -58,7 +58,7 @@ class Policy:
     ) -> None:
         self.model, self.processing, self.family = model, processing, family
         self.settings = settings or RobotOptions()
-        self._device, self._draws, self._count = device, Draws(seed, "act"), 0
+        self.device, self._draws, self._count = device, Draws(seed, "act"), 0
 
     # ------------------------------------------------------------------------------------------------ what it takes
     @property
@@ -116,30 +116,35 @@ class Policy:
         Raises:
             DataError: the observation is not what the policy was trained on.
         """
-        return self.act_on([self.observation(observation)], seed=seed, steps=steps)[0]
+        found = self.act_on([self.observation(observation)], seed=seed, steps=steps)[0]
+        if not np.isfinite(found).all():
+            raise DataError("the policy's actions are not finite numbers. Its weights are damaged, or were never good.")
+        return found
 
     def act_on(
-        self, observations: Sequence[Observation], *, seed: int | None = None, steps: int | None = None
+        self,
+        observations: Sequence[Observation],
+        *,
+        seed: int | None = None,
+        positions: Sequence[int] | None = None,
+        steps: int | None = None,
     ) -> np.ndarray:
-        """As `act` for several observations at once: float32 [n, horizon, d]."""
-        use = self.processing
-        size = use.horizon * use.action_size
+        """As `act` for several observations at once: float32 [n, horizon, d]. Their noise is that of the seed at their
+        `positions`, by default 0 to n - 1."""
+        use, draws = self.processing, self._draws if seed is None else Draws(seed, "act")
+        if positions is None:
+            begin = self._count if seed is None else 0
+            positions = range(begin, begin + len(observations))
         if seed is None:
-            positions = range(self._count, self._count + len(observations))
-            noise = [self._draws.normal(position, size, "noise") for position in positions]
             self._count += len(observations)
-        else:
-            draws = Draws(seed, "act")
-            noise = [draws.normal(position, size, "noise") for position in range(len(observations))]
-        batch = self._batch(observations, np.stack(noise).reshape(-1, use.horizon, use.action_size))
+        noise = np.stack([draws.normal(position, use.horizon * use.action_size, "noise") for position in positions])
+        batch = self._batch(observations, noise.reshape(-1, use.horizon, use.action_size))
         trained = self.model.training
         self.model.eval()
         try:
             found = self.model.sample(batch, steps).float().cpu().numpy()
         finally:
             self.model.train(trained)
-        if not np.isfinite(found).all():
-            raise DataError("the policy's actions are not finite numbers. Its weights are damaged, or were never good.")
         return use.restore(found, np.stack([item.state for item in observations])).astype(np.float32)
 
     def warm_up(self) -> None:
@@ -168,7 +173,7 @@ class Policy:
         batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
         if hasattr(self.model, "packing"):
             batch |= self.model.packing(batch)
-        return {name: tensor.to(self._device) for name, tensor in batch.items()}
+        return {name: tensor.to(self.device) for name, tensor in batch.items()}
 
 
 def recorded(policy: Policy, dataset: Dataset, reader: FrameReader, episode: int, frame: int) -> Observation:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, NonNegativeInt
 
 from loong_core.train.engine import LossSum
 from loong_core.types import Task
@@ -28,6 +28,9 @@ class FlowOptions(BaseModel):
     the episode; dimensions: also behind it, where the last action stands repeated; everything: also the dimensions that
     fill up to the policy's size, which are zero (OpenPI). auto: as LeRobot trains the family: dimensions for Pi0.5,
     recorded for GR00T."""
+    open_loop: NonNegativeInt = 64
+    """Frames of held-out episodes at which an evaluation compares predicted chunks of actions with recorded ones, in
+    the robot's units; 0: none."""
 
 
 def loss(output: Tensor, batch: Batch, context: LossContext) -> LossSum:
@@ -43,6 +46,7 @@ TASKS: tuple[Task, ...] = (
         name="flow_matching",
         loss="loong_vla.tasks:loss",
         options="loong_vla.tasks:FlowOptions",
+        evaluate="loong_vla.evaluate:evaluate",
         counts="action elements",
         summary="Action chunks by flow matching on robot episodes.",
     ),
