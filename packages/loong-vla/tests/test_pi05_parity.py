@@ -208,6 +208,7 @@ def test_exports_open_in_lerobot(computed: dict[str, Computed], tmp_path: Path) 
         if out == folders[1]:
             (run.folder / "statistics.json").write_text(json.dumps(STATISTICS))
         hf.save(out, run, trained(model))
+        without_sizes(out / "config.json")
         ours[out] = model.sample(peer.batch, peer.case["steps"])
     (folders[2] / "given.json").write_text(json.dumps(GIVEN))
     (folders[1] / "given.json").write_text(json.dumps(GIVEN))
@@ -219,6 +220,13 @@ def test_exports_open_in_lerobot(computed: dict[str, Computed], tmp_path: Path) 
     assert not (folders[0] / "processed.json").exists()
     for out in folders[1:]:
         check_processors(json.loads((out / "processed.json").read_text()))
+
+
+def without_sizes(path: Path) -> None:
+    """LeRobot knows only the published sizes; the peer is given those of the test in another way."""
+    config = json.loads(path.read_text())
+    assert config.pop("sizes") == SIZES
+    path.write_text(json.dumps(config))
 
 
 def check_processors(processed: dict[str, Any]) -> None:

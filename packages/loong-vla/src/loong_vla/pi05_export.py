@@ -84,7 +84,9 @@ def policy_config(config: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[
     if config.get("type") == "pi05":
         kept = {key: value for key, value in config.items() if key not in foreign}
         return {"n_action_steps": fields["horizon"], **kept}
+    sizes = {"sizes": config["sizes"]} if "sizes" in config else {}
     return {
+        **sizes,
         "type": "pi05",
         "paligemma_variant": config.get("paligemma_variant", "gemma_2b"),
         "action_expert_variant": config.get("action_expert_variant", "gemma_300m"),

@@ -18,8 +18,9 @@ VARIANTS: dict[str, dict[str, int]] = {
 }
 """Sizes behind `paligemma_variant` and `action_expert_variant`, as OpenPI and LeRobot define them."""
 
-OWN_KEYS = ("sizes", "skip_padding")
-"""Keys of config.json that only loong knows; LeRobot refuses keys that it does not know."""
+OWN_KEYS = ("skip_padding",)
+"""Keys of config.json that only loong knows and that say nothing of the weights. LeRobot refuses keys it does not know,
+among them `sizes`, but then it could not build such a policy either."""
 
 _SHARED = ("layers", "heads", "kv_heads", "head_dim")
 
