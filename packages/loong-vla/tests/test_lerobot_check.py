@@ -261,6 +261,37 @@ def test_contact_sheet(dataset: Dataset, tmp_path: Path) -> None:
         report(plain.root, picture=tmp_path / "none.png")
 
 
+@pytest.mark.parametrize("seed", range(2))
+def test_damage_of_any_kind_is_a_problem_and_never_a_crash(tmp_path: Path, seed: int) -> None:
+    """Bytes changed, lost and put in, in any file: what cannot be read is named, by an error that is for users."""
+    random = np.random.default_rng(seed)
+    version, codec = (("v3.0", "h264"), ("v2.1", "hevc"))[seed]
+    cameras = {FRONT: (32, 32)}
+    dataset = generate(tmp_path / "data", version, frames=[6, 5], cameras=cameras, codec=codec)
+    originals = {path: path.read_bytes() for path in sorted(dataset.root.rglob("*")) if path.is_file()}
+    named = 0
+    for turn in range(25):
+        path = list(originals)[int(random.integers(len(originals)))]
+        content = bytearray(originals[path])
+        at = int(random.integers(len(content)))
+        if turn % 3 == 0:
+            for place in random.integers(0, len(content), 12):
+                content[place] = int(random.integers(256))
+        elif turn % 3 == 1:
+            del content[at:]
+        else:
+            content[at:at] = bytes(random.integers(0, 256, 20, dtype=np.uint8))
+        path.write_bytes(content)
+        try:
+            problems = check(dataset.root) or report(dataset.root, thorough=True)["problems"]
+        except DataError as error:
+            problems = error.problems
+        named += bool(problems)
+        path.write_bytes(originals[path])
+    assert named >= 20
+    assert report(dataset.root, thorough=True)["problems"] == []
+
+
 def test_source(dataset: Dataset, tmp_path: Path) -> None:
     source = open_registry().get("data_sources", "lerobot")
     assert source.check == "loong_vla.check:check"

@@ -48,10 +48,12 @@ class Decoder:
         except (av.error.FFmpegError, OSError, ValueError) as error:
             missing = "is missing" if not path.exists() else f"cannot be opened: {error}"
             raise FrameError(f"`{path}` {missing}.", file=path) from None
-        if not self._container.streams.video:
+        streams = self._container.streams.video
+        if not streams or streams[0].codec_context is None or not streams[0].time_base:
             self._container.close()
-            raise FrameError(f"`{path}` holds no video.", file=path)
-        self._stream = self._container.streams.video[0]
+            lacks = "no video" if not streams else "a video without a time scale, or of a kind that cannot be decoded"
+            raise FrameError(f"`{path}` holds {lacks}.", file=path)
+        self._stream = streams[0]
         self._stream.codec_context.thread_count = threads
         self._reformatter = VideoReformatter()
         rate = self._stream.average_rate
@@ -96,7 +98,10 @@ class Decoder:
         result: list[np.ndarray | None] = [None] * len(times)
         for number in order.tolist():
             result[number] = self._at(float(times[number]), tolerance)
-        return np.stack([pixels for pixels in result if pixels is not None])
+        images = [pixels for pixels in result if pixels is not None]
+        if len({image.shape for image in images}) > 1:
+            raise FrameError(f"`{self.path}` is damaged: its images differ in size.", file=self.path)
+        return np.stack(images)
 
     def _at(self, time: float, tolerance: float) -> np.ndarray:
         """A frame, decoded on from here where that is shorter. What is damaged on the way must not matter, so failures
