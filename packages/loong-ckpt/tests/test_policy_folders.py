@@ -17,9 +17,12 @@ from safetensors.torch import save_file
 
 from loong_ckpt import hf, native
 from loong_core.errors import CheckpointError
+from loong_core.plugins import load
 from loong_core.precision import POLICIES
 from loong_core.recipe import Recipe
+from loong_core.registry import Registry
 from loong_core.types import ModelFamily, ModelShape, ParameterSpec
+from loong_core.validate_model import _config_of_weights
 from loong_core.weights import concat, copy, drop, flatten, prefixed, twin, unused, verb_of
 
 ROWS = prefixed(
@@ -78,13 +81,13 @@ def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tiny_policy", module)
 
 
-def run_of(folder: Path, weights: Path | None, data: str | None = "robot") -> Any:
+def run_of(folder: Path, weights: Path | None, data: str | None = "robot", **more: Any) -> Any:
     sections = {"precision": "fp32", "model": {"weights": weights}, "data": {"path": data}}
     policy = next(policy for policy in POLICIES if policy.name == "fp32")
     folder.mkdir(parents=True, exist_ok=True)
     return SimpleNamespace(
-        recipe=Recipe.model_validate(sections), folder=folder, plan=make_plan(), family=FAMILY, config={"type": "tiny"},
-        shape=SHAPE, precision=policy, device="cpu", rank=0, world=1, step=0, notes=[], is_main=True,
+        recipe=Recipe.model_validate(sections), folder=folder, plan=make_plan(), family=FAMILY, shape=SHAPE,
+        config={"type": "tiny", **more}, precision=policy, device="cpu", rank=0, world=1, step=0, notes=[], is_main=True,
     )  # fmt: skip
 
 
@@ -163,6 +166,14 @@ def test_a_native_checkpoint_keeps_the_sidecars_for_its_export(tmp_path: Path) -
     assert torch.equal(found["model.layers.0.q.weight"], tensors()["layers.0.q.weight"])
     names = ["config.json", "model.safetensors", "statistics.json"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
+
+
+def test_keys_that_the_public_loader_refuses_lie_beside(tmp_path: Path) -> None:
+    run = run_of(tmp_path / "run", None, architectures=["X"], sizes={"wide": 6})
+    hf.save(tmp_path / "out", run, engine_for(run))
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == {"type": "tiny"}
+    assert json.loads((tmp_path / "out" / "loong.json").read_text()) == {"sizes": {"wide": 6}}
+    assert _config_of_weights(tmp_path / "out", Registry(load())) == {"type": "tiny", "sizes": {"wide": 6}}
 
 
 @settings(max_examples=40, deadline=None)

@@ -11,6 +11,7 @@ from loong_ckpt.hf_folder import CONFIG, STATE, open_folder, read_json
 from loong_ckpt.manifest import MANIFEST
 from loong_ckpt.native_folder import RECIPE
 from loong_core.registry import resolve
+from loong_core.validate_model import OWN_KEYS
 
 if TYPE_CHECKING:
     from loong_core.train.run import Run
@@ -19,6 +20,8 @@ LAYOUT = "layout.json"
 """File of a native checkpoint: names and dtypes of the tensors an export shall have. Together with config.json and the
 tokenizer, which lie next to it, it makes the checkpoint exportable anywhere."""
 GENERATION = "generation_config.json"
+_OF_TRANSFORMERS = ("architectures", "model_type", "dtype", "torch_dtype", "transformers_version")
+"""Keys of a config.json that describe a file and no model."""
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -70,6 +73,9 @@ def companions(run: Run, source: Source | None) -> dict[str, bytes]:
         return files
     found: dict[str, bytes] = resolve(run.family.sidecars)(run, {**_saved_beside(source), **files})
     assert all(Path(name).name == name for name in found), f"{run.family.name}: sidecars are files of one folder"
+    written = json.loads(found[CONFIG])
+    if own := {key: value for key, value in run.config.items() if key not in written and key not in _OF_TRANSFORMERS}:
+        found[OWN_KEYS] = (json.dumps(own, indent=2, sort_keys=True) + "\n").encode()
     return found
 
 

@@ -18,6 +18,8 @@ from loong_core.registry import Registry, architecture_of, resolve
 from loong_core.suggest import did_you_mean
 from loong_core.types import ModelFamily, ModelShape
 
+OWN_KEYS = "loong.json"
+"""File beside a config.json with keys that its public loader refuses and the model cannot be built without."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _CONVERT = (
     "they can run code when opened, so loong reads safetensors only. Convert once, where you trust them: load the "
@@ -167,7 +169,8 @@ def _config_of_weights(weights: Path, registry: Registry) -> dict[str, Any]:
     if problem := _unusable_folder(weights):
         raise CheckpointError(problem)
     if (weights / "config.json").is_file():
-        return read_config(weights / "config.json")
+        own = read_config(weights / OWN_KEYS) if (weights / OWN_KEYS).is_file() else {}
+        return {**own, **read_config(weights / "config.json")}
     if (weights / "recipe.yaml").is_file():
         saved = load_file(weights / "recipe.yaml").model
         family = _named(saved.family, registry)
