@@ -87,7 +87,8 @@ def run_of(folder: Path, weights: Path | None, data: str | None = "robot", **mor
     folder.mkdir(parents=True, exist_ok=True)
     return SimpleNamespace(
         recipe=Recipe.model_validate(sections), folder=folder, plan=make_plan(), family=FAMILY, shape=SHAPE,
-        config={"type": "tiny", **more}, precision=policy, device="cpu", rank=0, world=1, step=0, notes=[], is_main=True,
+        config={"type": "tiny", **more}, precision=policy, device="cpu", rank=0, world=1, step=0, notes=[],
+        is_main=True,
     )  # fmt: skip
 
 
