@@ -95,7 +95,8 @@ class TorchEngine:
         exact = self.holdings.take_exact()
         units = cast("list[nn.Module]", self._module.units())
         prepare_units(units, self.plan, options, self.device)
-        names = {parameter: name for name, parameter in self._module.named_parameters()}
+        listed = dict(self._module.named_parameters())
+        decayed = {p for name, p in listed.items() if p.dim() > 1 and not name.endswith(".bias")}
         trained = _in_order_of_gradients(self._module, units)
         whole = trained
         if options.shard in ("full", "hybrid") and self.plan.dp > 1:
@@ -109,7 +110,7 @@ class TorchEngine:
                 self._module,
                 units,
                 size=size or self.plan.world,
-                kept={parameter for parameter in names if parameter not in cut},
+                kept={parameter for parameter in listed.values() if parameter not in cut},
                 exact={parameter: values for parameter, values in exact.items() if parameter in cut},
                 compute=dtype,
             )
@@ -117,7 +118,8 @@ class TorchEngine:
             self._graphs = Graphs(self._backward, options.graphs, self.device)
         with torch.cuda.stream(self._graphs.stream if self._graphs is not None else None):
             self._flat = FlatStore(
-                [(names[parameter], parameter) for parameter in whole],
+                whole,
+                decayed=decayed,
                 sharded=options.shard != "none",
                 gradients=getattr(torch, precision.gradients),
                 bucket_size=options.bucket_size,
@@ -129,7 +131,7 @@ class TorchEngine:
             section,
             precision,
             self._run.ops.adamw,
-            names=names,
+            decayed=decayed,
             trained=set(trained),
             ema=options.ema,
             device=self.device,

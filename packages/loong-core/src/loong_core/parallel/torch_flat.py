@@ -46,8 +46,8 @@ class Bucket:
 
 
 class FlatStore:
-    """`parameters` (trained; in the order of their gradients; with the names that decide on weight decay) in buckets
-    of about `bucket_size` elements.
+    """`parameters` (trained; in the order of their gradients) in buckets of about `bucket_size` elements. Those of
+    `decayed` have weight decay.
 
     With `sharded`, each rank updates its own equal part of every bucket: gradients are reduce-scattered, parameters
     gathered after the update. Without, gradients are all-reduced and every rank updates everything.
@@ -55,8 +55,9 @@ class FlatStore:
 
     def __init__(
         self,
-        parameters: Sequence[tuple[str, Any]],
+        parameters: Sequence[Any],
         *,
+        decayed: set[Any],
         sharded: bool,
         gradients: torch.dtype,
         bucket_size: int,
@@ -69,16 +70,15 @@ class FlatStore:
         self._last = False
         self._next = 0
         size = bucket_size if self.world > 1 else 2**62
-        self.buckets = [self._bucket(group) for group in _groups(parameters, size)]
+        self.buckets = [self._bucket(group, decayed) for group in _groups(parameters, size)]
         self._bucket_of = {place.parameter: bucket for bucket in self.buckets for place in bucket.places}
         self._nodes = [self._watch(parameter) for parameter in self._bucket_of]
 
-    def _bucket(self, group: Sequence[tuple[str, Any]]) -> Bucket:
+    def _bucket(self, group: Sequence[Any], decayed: set[Any]) -> Bucket:
         """Move the parameters into a buffer of their own; the tensors themselves stay the same objects."""
-        marked = [(parameter, parameter.dim() > 1 and not name.endswith(".bias")) for name, parameter in group]
         places, end = [], 0
-        for parameter, decayed in sorted(marked, key=lambda item: not item[1]):
-            places.append(Place(parameter, end, end + parameter.numel(), decayed))
+        for parameter in sorted(group, key=lambda parameter: parameter not in decayed):
+            places.append(Place(parameter, end, end + parameter.numel(), parameter in decayed))
             end += -(-parameter.numel() // ALIGNMENT) * ALIGNMENT
         end += -end % (ALIGNMENT * self.world)
         like = places[0].parameter
@@ -217,13 +217,13 @@ class FlatStore:
                 bucket.gathering = None
 
 
-def _groups(parameters: Sequence[tuple[str, Any]], size: int) -> Iterator[list[tuple[str, Any]]]:
+def _groups(parameters: Sequence[Any], size: int) -> Iterator[list[Any]]:
     """The parameters, in order, as lists of one dtype and at least `size` elements; the last of a dtype may be less."""
-    open_: dict[torch.dtype, list[tuple[str, Any]]] = {}
-    for name, parameter in parameters:
+    open_: dict[torch.dtype, list[Any]] = {}
+    for parameter in parameters:
         group = open_.setdefault(parameter.dtype, [])
-        group.append((name, parameter))
-        if sum(member.numel() for _, member in group) >= size:
+        group.append(parameter)
+        if sum(member.numel() for member in group) >= size:
             yield open_.pop(parameter.dtype)
     yield from open_.values()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,7 +25,7 @@ _PIECE = 1 << 24
 class TorchAdamW(AdamW):
     """AdamW over what `flat` and `sharded` hold; parameters that others have updated are sent for at the end of a step.
 
-    `names` (of all parameters) decide on weight decay, `ema` is the decay of the moving average, None: there is none.
+    `decayed` have weight decay. `ema` is the decay of the moving average, None: there is none.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class TorchAdamW(AdamW):
         precision: PrecisionPolicy,
         update: Callable[..., None],
         *,
-        names: Mapping[Any, str],
+        decayed: set[Any],
         trained: set[Any],
         ema: float | None,
         device: str,
@@ -58,13 +58,10 @@ class TorchAdamW(AdamW):
                 ema=None if ema is None else torch.zeros_like(parameter, dtype=torch.float32),
             )
 
-        def decays(parameter: Any) -> bool:
-            return len(parameter.shape) > 1 and not names[parameter].endswith(".bias")
-
         shards, updates = flat.shards(make)
         counted = flat.counted()
         if sharded is not None:
-            slices = dict(sharded.shards(make, decays))
+            slices = dict(sharded.shards(make, decayed))
             shards.update(slices)
             updates += slices.values()
             counted += sharded.counted()

@@ -115,7 +115,7 @@ def _batch(recipe: Recipe, cluster: Cluster) -> Iterator[str]:
 
 def _sharding(options: TorchOptions, cluster: Cluster) -> Iterator[str]:
     size = options.shard_size
-    if size is not None and cluster.world % size:
+    if size is not None and cluster.world > 1 and cluster.world % size:
         yield (
             f"parallel.options.shard_size = {size} does not divide {cluster.world} ranks: allowed here "
             f"{words(divisors_of(cluster.world))}; change it"

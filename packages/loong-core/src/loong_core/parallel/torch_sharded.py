@@ -141,11 +141,11 @@ class ShardedStore:
         """Gradients that this rank adds to the norm: all it holds, on the first copy of the model."""
         return [self._gradients] if self.replica[0] == 0 and self._gradients.numel() else []
 
-    def shards(self, make: Callable[[Tensor, Tensor, bool], Shard], decayed: Callable[[Any], bool]) -> Iterator[Any]:
+    def shards(self, make: Callable[[Tensor, Tensor, bool], Shard], decayed: set[Any]) -> Iterator[Any]:
         """(parameter, what this rank updates of it), with state that `make` brings for a range."""
         for parameter, part in self.slices.items():
             if part.gradient is not None and part.values.numel():
-                made = make(part.values, part.gradient, decayed(parameter))
+                made = make(part.values, part.gradient, parameter in decayed)
                 yield parameter, Shard(**{**vars(made), "start": part.start})
 
     def gather(self) -> None:

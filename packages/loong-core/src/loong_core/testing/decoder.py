@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from loong_core.train.engine import LocalParameter, LossSum
+from loong_core.train.engine import LossSum
 from loong_core.types import ModelFamily, ModelShape, ParameterSpec, Task
 from loong_core.weights import copy
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
-    from loong_core.parallel.build import BuildContext, LossContext
+    from loong_core.parallel.build import LossContext
     from loong_core.train.engine import Batch
 
 CONFIG: dict[str, Any] = {"architectures": ["TinyDecoder"], "vocabulary": 61, "hidden": 24, "layers": 2, "heads": 3}
@@ -56,79 +56,6 @@ def describe(family: ModelFamily, config: Mapping[str, Any]) -> ModelShape:
     )
 
 
-def build(shape: ModelShape, context: BuildContext) -> list[nn.Module]:
-    """The whole model in one module, its parameters uninitialised."""
-    import torch
-    import torch.nn.functional as functional
-    from torch import nn
-
-    dtype = getattr(torch, context.precision.parameters)
-    dropout = context.dropout
-
-    def empty(*sizes: int, dtype: torch.dtype = dtype, trained: bool = True) -> nn.Parameter:
-        return nn.Parameter(torch.empty(*sizes, dtype=dtype, device=context.device), requires_grad=trained)
-
-    class Layer(nn.Module):
-        def __init__(self, width: int, heads: int) -> None:
-            super().__init__()
-            self.heads = heads
-            self.norm = empty(width)
-            self.qkv = empty(3 * width, width)
-            self.up = nn.Linear(width, 2 * width + 1, dtype=dtype, device=context.device)
-            self.down = empty(width, 2 * width + 1)
-
-        def forward(self, x: Tensor) -> Tensor:
-            """x [b,s,n]"""
-            mixed = functional.linear(functional.rms_norm(x, x.shape[-1:], self.norm), self.qkv)
-            q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in mixed.chunk(3, -1))
-            seen = functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
-            x = x + functional.dropout(seen, dropout, self.training)
-            return x + functional.linear(functional.gelu(self.up(x)), self.down)
-
-    class Decoder(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            width = shape.hidden
-            self.embed = empty(shape.vocabulary, width)
-            self.layers = nn.ModuleList(Layer(width, shape.fields["heads"]) for _ in range(shape.layers))
-            self.head = self.embed
-            self.memory = empty(5, width, trained=False)
-            self.idle = empty(7, width)
-            self.scale = empty(width, dtype=torch.float32)
-
-        def forward(self, batch: Batch) -> Tensor:
-            """Logits [b,s,vocabulary] in float32."""
-            x = functional.embedding(batch["tokens"], self.embed) + self.memory.sum(0)
-            for layer in self.layers:
-                x = layer(x)
-            x = (functional.rms_norm(x.float(), x.shape[-1:]) * self.scale).to(x.dtype)
-            return functional.linear(x, self.head).float()
-
-        def units(self) -> list[nn.Module]:
-            """The layers."""
-            return list(self.layers)
-
-        def auxiliary_losses(self) -> dict[str, Tensor]:
-            """None."""
-            return {}
-
-        def local_parameters(self) -> Iterator[LocalParameter]:
-            """Every described parameter; queries, keys and values are parts of one tensor."""
-            specs = {spec.role: spec for spec in shape.parameters}
-            width = shape.hidden
-            for name, parameter in self.named_parameters():
-                role = name.replace("up.weight", "up").replace("up.bias", "up_bias")
-                if not role.endswith("qkv"):
-                    yield LocalParameter(specs[role], parameter)
-                    continue
-                for index, part in enumerate("qkv"):
-                    view = parameter.detach()[index * width : (index + 1) * width]
-                    spec = specs[role.removesuffix("qkv") + part]
-                    yield LocalParameter(spec, view, owner=parameter, offset=index * width * width)
-
-    return [Decoder()]
-
-
 def loss(logits: Tensor, batch: Batch, context: LossContext) -> LossSum:
     """Summed cross entropy of the counted targets."""
     import torch.nn.functional as functional
@@ -149,7 +76,7 @@ FAMILY = ModelFamily(
     name="tiny_decoder",
     hf_architectures=("TinyDecoder",),
     describe="loong_core.testing.decoder:describe",
-    builder="loong_core.testing.decoder:build",
+    builder="loong_core.testing.decoder_model:build",
     arch={},
     from_hf={},
     weights=tuple(_rows()),
