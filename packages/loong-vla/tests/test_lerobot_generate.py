@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 
 from loong_vla.check import check
 from loong_vla.lerobot.generate import generate
+from loong_vla.lerobot.layout import open_dataset
 from loong_vla.lerobot.video import FrameReader
 
 NAMES = ["observation.state", "action", "timestamp", "index", "task_index"]
@@ -63,3 +66,13 @@ def test_refusals(tmp_path: Path) -> None:
         generate(tmp_path / "data", frames=[2])
     with pytest.raises(ValueError, match="no encoder of 'vhs'"):
         generate(tmp_path / "other", frames=[2], codec="vhs")
+
+
+def test_from_the_command_line(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "loong_vla.lerobot", str(tmp_path / "data"), "--episodes", "2", "--frames", "4"]
+    done = subprocess.run([*command, "--version", "v2.1", "--side", "32"], capture_output=True, text=True)
+    assert done.returncode == 0 and "2 episodes, 8 frames" in done.stdout, done.stderr
+    dataset = open_dataset(tmp_path / "data")
+    assert dataset.version == "v2.1" and dataset.features["observation.images.wrist"].shape == (32, 32, 3)
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 2 and "is not empty" in again.stderr
