@@ -16,6 +16,7 @@ from loong_core.ops import OPS, bind
 from loong_core.precision import POLICIES
 from loong_core.types import ModelShape, OpRequest
 from loong_core.weights import WeightMap, verb_of
+from loong_vla import flops
 from loong_vla.models.pi05 import PI05, presets
 from loong_vla.packing import PREFIX, packing_of
 from loong_vla.pi05 import FLOAT32, Pi05, build, sinusoids
@@ -287,3 +288,19 @@ def test_products_are_those_of_the_rows_alone(skip_padding: bool) -> None:
         if len(spec.shape) > 1 and spec.role not in ("embed", "vision.positions"):
             expected += 2 * spec.size * next((passes[word] for word in passes if word in words), 3 * 3)
     assert found == expected
+
+
+@pytest.mark.parametrize("changes", [{}, {"freeze_vision_encoder": True}, {"train_expert_only": True}])
+def test_estimates_for_planners_agree_with_the_formulas(changes: dict[str, Any]) -> None:
+    config = {**presets()["pi05"], **changes}
+    shape = describe(PI05, config)
+    tokens = shape.fields["sample_tokens"]
+    assert tokens == 2 * 256 + 64
+    formula = flops.training(shape.fields, flops.Seen(images=2, text=64))
+    estimate = shape.train_flops(tokens, tokens)
+    # What is frozen has a third of the products, but the planner knows one share of attention for all.
+    assert estimate == pytest.approx(formula, rel=0.01 if not changes else 0.1)
+    inputs = {f"observation.images.{name}": {"type": "VISUAL"} for name in "abc"}
+    padded = describe(PI05, {**config, "input_features": inputs, "skip_padding": False})
+    assert padded.fields["sample_tokens"] == 3 * 256 + 200
+    assert padded.activation_replicated > 0

@@ -11,6 +11,7 @@ from typing import Any
 
 from loong_core.errors import RecipeError, Unsupported
 from loong_core.types import ModelFamily, ModelShape, ParameterSpec
+from loong_vla.pi05_costs import costs
 
 VARIANTS: dict[str, dict[str, int]] = {
     "gemma_2b": {"hidden": 2048, "ffn": 16384, "layers": 18, "heads": 8, "kv_heads": 1, "head_dim": 256},
@@ -28,27 +29,33 @@ _SHARED = ("layers", "heads", "kv_heads", "head_dim")
 def describe(family: ModelFamily, config: Mapping[str, Any]) -> ModelShape:
     """The full model that `config` describes.
 
-    Activation elements are of a prefix token in a layer: inputs and outputs of both norms, heads, and of the gated MLP
-    gate, value and product. Active parameters are those of the prefix, which has nearly all tokens.
+    What it computes and keeps is estimated (`pi05_costs`) by rows of a sample's prefix, `sample_tokens`.
 
     Raises:
         RecipeError: a key is missing, of the wrong kind, or does not fit another.
         Unsupported: the configuration asks for something that loong would not compute.
     """
     fields = resolve(family, config)
-    heads = fields["heads"] + 2 * fields["kv_heads"]
     parameters = tuple(_parameters(fields))
+    estimated = costs(fields, parameters, _cameras(config))
     return ModelShape(
         family=family.name,
-        fields=fields,
+        fields={**fields, "sample_tokens": estimated.tokens},
         layers=fields["layers"],
         hidden=fields["hidden"],
         parameters=parameters,
         vocabulary=fields["vocabulary"],
-        active_parameters=sum(p.size for p in parameters if ".prefix." in p.role and len(p.shape) > 1),
-        attention_width=fields["layers"] * fields["query_rows"],
-        activation_replicated=4 * fields["hidden"] + (heads + fields["heads"]) * fields["head_dim"] + 3 * fields["ffn"],
+        active_parameters=estimated.active,
+        attention_width=estimated.width,
+        activation_replicated=estimated.kept,
     )
+
+
+def _cameras(config: Mapping[str, Any]) -> int:
+    """How many cameras the policy names."""
+    inputs = config.get("input_features")
+    entries = inputs.values() if isinstance(inputs, Mapping) else ()
+    return sum(isinstance(entry, Mapping) and entry.get("type") == "VISUAL" for entry in entries)
 
 
 def resolve(family: ModelFamily, config: Mapping[str, Any]) -> dict[str, Any]:
