@@ -83,6 +83,13 @@ def open_policy(
 
 
 # ----------------------------------------------------------------------------------------------------- where it lies
+def dataset_of(path: Path) -> Dataset | None:
+    """The dataset that the policy in `path` was trained on, where it is still there."""
+    from loong_core.registry import open_registry
+
+    return _dataset(find(path, open_registry()), None)
+
+
 def find(path: Path, registry: Registry) -> Place:
     """The weights that `path` means.
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 from loong_core.hookspecs import hookimpl
 
 if TYPE_CHECKING:
+    import typer
+
     from loong_core.types import DataSource, ModelFamily, RecipeFolder, Task
 
 
@@ -44,3 +46,11 @@ def loong_recipes() -> Iterable[RecipeFolder]:
     from loong_core.types import RecipeFolder
 
     return [RecipeFolder(name="loong_vla", path=Path(__file__).parent / "recipes")]
+
+
+@hookimpl
+def loong_cli_commands(group: typer.Typer) -> None:
+    """`loong serve`."""
+    from loong_vla.cli import serve
+
+    group.command("serve")(serve)

@@ -116,7 +116,11 @@ class Policy:
         Raises:
             DataError: the observation is not what the policy was trained on.
         """
-        found = self.act_on([self.observation(observation)], seed=seed, steps=steps)[0]
+        return self.act_on_one(self.observation(observation), seed=seed, steps=steps)
+
+    def act_on_one(self, observation: Observation, *, seed: int | None = None, steps: int | None = None) -> np.ndarray:
+        """As `act`, for an observation that was checked."""
+        found = self.act_on([observation], seed=seed, steps=steps)[0]
         if not np.isfinite(found).all():
             raise DataError("the policy's actions are not finite numbers. Its weights are damaged, or were never good.")
         return found

@@ -47,6 +47,7 @@ TASKS: tuple[Task, ...] = (
         loss="loong_vla.tasks:loss",
         options="loong_vla.tasks:FlowOptions",
         evaluate="loong_vla.evaluate:evaluate",
+        generate="loong_vla.generate:generate",
         counts="action elements",
         summary="Action chunks by flow matching on robot episodes.",
     ),
