@@ -189,12 +189,13 @@ def _vision(fields: Mapping[str, Any]) -> Iterator[ParameterSpec]:
     yield ParameterSpec(role="vision.positions", shape=(fields["image_tokens"], width), place="first")
     for layer in range(fields["vision_layers"]):
         role = f"vision.layers.{layer}"
-        yield from _layer_norm(f"{role}.attn.norm", width, layer=layer)
-        yield from _linear(f"{role}.attn.qkv", 3 * width, width, layer=layer)
-        yield from _linear(f"{role}.attn.out", width, width, layer=layer)
-        yield from _layer_norm(f"{role}.mlp.norm", width, layer=layer)
-        yield from _linear(f"{role}.mlp.up", inner, width, layer=layer)
-        yield from _linear(f"{role}.mlp.down", width, inner, layer=layer)
+        at: dict[str, Any] = {"layer": layer, "place": "first"}  # the planners' layers are those of the prefix
+        yield from _layer_norm(f"{role}.attn.norm", width, **at)
+        yield from _linear(f"{role}.attn.qkv", 3 * width, width, **at)
+        yield from _linear(f"{role}.attn.out", width, width, **at)
+        yield from _layer_norm(f"{role}.mlp.norm", width, **at)
+        yield from _linear(f"{role}.mlp.up", inner, width, **at)
+        yield from _linear(f"{role}.mlp.down", width, inner, **at)
     yield from _layer_norm("vision.norm", width, place="first")
 
 
