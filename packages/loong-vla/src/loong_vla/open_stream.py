@@ -86,7 +86,7 @@ def open_stream(run: Run, replica: int) -> RobotStream:
         threads=threads,
         eval_batches=data.eval.batches if data.eval is not None else 0,
         pinned=run.device.startswith("cuda"),
-        vocabulary=run.shape.vocabulary,
+        fields=run.shape.fields,
         identity=json.loads(json.dumps(identity)),
     )
     if run.is_main:

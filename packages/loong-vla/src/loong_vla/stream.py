@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from loong_core.errors import DataError
+from loong_vla.flops import Seen, training
 from loong_vla.images import DRAWS
 from loong_vla.lerobot.video import FrameError, FrameReader
 from loong_vla.sequence import Draws, Order, Samples
@@ -91,12 +92,13 @@ class RobotStream:
         threads: int = 1,
         eval_batches: int = 0,
         pinned: bool = False,
-        vocabulary: int = 0,
+        fields: Mapping[str, Any] | None = None,
         identity: Mapping[str, Any] | None = None,
     ) -> None:
         self.processing, self.train, self.held_out = processing, train, held_out
         self._cut, self._replica, self._settings, self._pinned = cut, replica, settings, pinned
-        self._vocabulary, self._identity, self._step = vocabulary, dict(identity or {}), 0
+        self._fields, self._identity, self._step = dict(fields or {}), dict(identity or {}), 0
+        self._seen: dict[int, Seen] = {}
         self.eval_count = 0
         if held_out is not None:
             self.eval_count = min(eval_batches, -(-len(held_out.samples) // cut.samples))
@@ -117,6 +119,7 @@ class RobotStream:
             if number not in self._ahead:
                 self._ahead[number] = self._makers.submit(self._make, self.train, number)
         self._step = step + 1
+        self._seen = {step: seen_in(made, self._fields)} if self._fields else {}
         self._report(skipped)
         return made
 
@@ -157,8 +160,9 @@ class RobotStream:
         return int(self.processing.counted(self.train.samples.remaining(numbers)).sum())
 
     def flops(self, step: int) -> float | None:
-        """Unknown here."""
-        return None
+        """Model FLOPs of the step last asked for, by formula; this replica's samples stand for those of all."""
+        seen = self._seen.get(step)
+        return None if seen is None else training(self._fields, seen) * self._cut.samples
 
     def recomputed(self, step: int) -> float:
         """None that are known."""
@@ -272,15 +276,25 @@ class RobotStream:
                 sample["tokens"] = np.pad(sample["tokens"], (0, short))
                 sample["token_mask"] = np.pad(sample["token_mask"], (0, short))
         batch = {name: torch.from_numpy(np.stack([sample[name] for sample in samples])) for name in samples[0]}
-        if self._vocabulary and (most := int(batch["tokens"].max())) >= self._vocabulary:
+        known = self._fields.get("vocabulary")
+        if known and (most := int(batch["tokens"].max())) >= known:
             raise DataError(
-                f"The tokenizer gives token {most}, but the model has {self._vocabulary} tokens. It is not the one of "
+                f"The tokenizer gives token {most}, but the model has {known} tokens. It is not the one of "
                 "this model: name the folder of its tokenizer in data.tokenizer."
             )
         return {name: tensor.pin_memory() for name, tensor in batch.items()} if self._pinned else batch
 
     def _empty(self, shape: tuple[int, ...]) -> Tensor:
         return torch.empty(shape, dtype=torch.uint8, pin_memory=self._pinned)
+
+
+def seen_in(batches: Sequence[Batch], fields: Mapping[str, Any]) -> Seen:
+    """What the samples of some batches show on average: images of cameras that are there, tokens of text."""
+    samples = sum(len(batch["tokens"]) for batch in batches)
+    images = sum(int(batch["camera_mask"].sum()) for batch in batches) / samples
+    tokens = sum(int(batch["token_mask"].sum()) for batch in batches) / samples
+    # GR00T's prompt has the tokens of images in it.
+    return Seen(images, tokens - images * fields["image_tokens"] if "tower" in fields else tokens)
 
 
 def stream(run: Run, replica: int) -> RobotStream:
