@@ -156,7 +156,6 @@ class TorchEngine:
         assert self._flat is not None
         torch.manual_seed(_mixed(self._run.recipe.run.seed, step + 1, self._run.rank))
         self._module.train()
-        self._flat.gathered()
         for store in self._stores:
             store.begin()
         sums = None
@@ -203,7 +202,6 @@ class TorchEngine:
 
     def evaluate(self, batches: Sequence[Batch]) -> dict[str, float]:
         """Loss of `batches` in evaluation mode, without gradients."""
-        self._gathered()
         self._module.eval()
         with torch.no_grad():
             sums = torch.stack([self._forward(self._module, self._on_device(batch))[1] for batch in batches]).sum(0)
@@ -237,7 +235,6 @@ class TorchEngine:
     # ------------------------------------------------------------------------------------- parameters
     def parameters(self) -> Iterable[LocalParameter]:
         """This rank's parameters, up to date; tied ones once."""
-        self._gathered()
         return self.holdings.parameters()
 
     def cut(self, parameter: LocalParameter) -> tuple[int, int]:
@@ -246,7 +243,6 @@ class TorchEngine:
 
     def gather(self, parameter: LocalParameter) -> Tensor | None:
         """The full tensor on rank 0, None elsewhere: the weight, or its moving average where that is exported."""
-        self._gathered()
         return self.holdings.gather(parameter.spec.role)
 
     def weights_changed(self) -> None:
@@ -255,23 +251,17 @@ class TorchEngine:
             self.trainer.take_parameters()
             self._set_masters(self.holdings.take_exact())
 
-    def _gathered(self) -> None:
-        for store in self._stores:
-            store.gathered()
-
     # ------------------------------------------------------------------------------------------ state
     def save_state(self, folder: Path) -> None:
         """Write weights and optimizer state as layout-independent tensors."""
-        self._gathered()
         torch_state.save(folder, self.holdings, self.trainer)
 
     def load_state(self, folder: Path, optimizer: bool = True) -> None:
         """Read what `save_state` wrote under any layout; `optimizer=False` reads the weights alone."""
-        self._gathered()
         torch_state.load(folder, self.holdings, self.trainer, optimizer and self.trainer is not None)
         if self._flat is not None:
             self._flat.gather()
-            self._gathered()
+            self._flat.gathered()
 
     def close(self) -> None:
         """Nothing to release: torch's process group belongs to the worker."""

@@ -81,7 +81,9 @@ class Graphs:
         before = store.filled()
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=self._pool, stream=self.stream):
+            # Threads that load data may allocate pinned memory meanwhile.
+            mode = "thread_local"
+            with torch.cuda.graph(graph, pool=self._pool, stream=self.stream, capture_error_mode=mode):
                 report = self._function(static)
         except RuntimeError as error:
             self.works = False

@@ -95,13 +95,17 @@ class TorchAdamW(AdamW):
 
     def _updated(self) -> None:
         self._flat.gather()
-        if self._ema is None:
-            return
+        if self._ema is not None:
+            self._average(self._ema)
+        # The device waits, not the host; from here on everybody may look at the parameters.
+        self._flat.gathered()
+
+    def _average(self, decay: float) -> None:
         for shard in self._updates:
             assert shard.ema is not None
             for begin in range(0, shard.ema.numel(), _PIECE):
                 where = slice(begin, begin + _PIECE)
-                shard.ema[where].lerp_(shard.read(MASTER, where).float(), 1.0 - self._ema)
+                shard.ema[where].lerp_(shard.read(MASTER, where).float(), 1.0 - decay)
 
 
 def whole(pieces: Sequence[tuple[int, Tensor]], like: Tensor) -> Tensor:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 from loong_core.errors import RecipeError
-from loong_core.parallel.layout import Degrees, Inventory
 from loong_core.parallel.memory import dtype_bytes
 from loong_core.parallel.plan import USABLE, gib
 from loong_core.parallel.rules import divisors_of, neighbours, words
@@ -41,7 +41,7 @@ def plan(shape: ModelShape, recipe: Recipe, cluster: Cluster, precision: Precisi
     found = [*_refused(recipe), *_batch(recipe, cluster), *_sharding(options, cluster)]
     if found:
         raise RecipeError(found)
-    inventory = Inventory(shape, recipe.model.freeze)
+    parameters = sum(_counts(shape, recipe))
     trials = [
         _try(shape, recipe, cluster, precision, options, shard, recompute)
         for recompute in _recomputes(recipe)
@@ -59,8 +59,8 @@ def plan(shape: ModelShape, recipe: Recipe, cluster: Cluster, precision: Precisi
         micro_batch=data.micro_batch,
         micro_batches=data.global_batch // (data.micro_batch * cluster.world),
         recompute="full" if chosen.recompute == "full" else "none",
-        parameters=inventory.total,
-        parameters_per_rank=(_held(inventory.total, chosen.shard, options, cluster),),
+        parameters=parameters,
+        parameters_per_rank=(_held(parameters, chosen.shard, options, cluster),),
         memory=chosen.memory,
         flops_per_step=shape.train_flops(data.global_batch * tokens, tokens),
         reasons=tuple(_reasons(recipe, cluster, options, chosen)),
@@ -191,16 +191,14 @@ def estimate(
     is room for the two largest units (the one that is computed and the next one) and for one unit's gradients. Source:
     the stages of Rajbhandari et al. 2020 (arXiv 1910.02054).
     """
-    counts = Inventory(shape, recipe.model.freeze).per_stage(Degrees(world=1), [tuple(range(shape.layers))])[0]
-    trained = counts.dense_trained + counts.expert_trained
-    frozen = counts.total - trained
+    trained, frozen = _counts(shape, recipe)
     small, wide = dtype_bytes(precision.parameters), dtype_bytes(precision.master)
     state = 2 * dtype_bytes(precision.optimizer_state)
     average = 4 if options.ema is not None else 0
     if shard in ("none", "optimizer"):
         part = trained if shard == "none" else -(-trained // world)
         return {
-            "parameters": counts.total * small,
+            "parameters": (trained + frozen) * small,
             "gradients": trained * dtype_bytes(precision.gradients),
             "master": part * max(0, wide - small),
             "optimizer": part * state,
@@ -215,6 +213,17 @@ def estimate(
         "optimizer": part * state,
         **({"ema": part * average} if average else {}),
     }
+
+
+def _counts(shape: ModelShape, recipe: Recipe) -> tuple[int, int]:
+    """Elements that are trained, and that are not."""
+    trained = frozen = 0
+    for spec in shape.parameters:
+        if spec.frozen or any(fnmatchcase(spec.role, pattern) for pattern in recipe.model.freeze):
+            frozen += spec.size
+        else:
+            trained += spec.size
+    return trained, frozen
 
 
 def _largest_unit(shape: ModelShape) -> int:

@@ -148,12 +148,6 @@ class ShardedStore:
                 made = make(part.values, part.gradient, parameter in decayed)
                 yield parameter, Shard(**{**vars(made), "start": part.start})
 
-    def gather(self) -> None:
-        """Forward passes gather."""
-
-    def gathered(self) -> None:
-        """Forward passes gather."""
-
 
 def fits(module: nn.Module, units: Sequence[nn.Module], dtype: torch.dtype) -> set[nn.Parameter]:
     """The parameters that may be cut: of the policy's `dtype`, not scalars, in one unit or in none."""
