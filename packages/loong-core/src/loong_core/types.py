@@ -186,11 +186,11 @@ class DataSource:
 
     A source of anything but rows of text has a `stream(run, replica) -> loong_core.train.batches.Batches` instead of a
     reader: it makes the batches of data-parallel rank `replica` itself, and nothing is tokenised ahead. Two more
-    functions run without a tensor library: `fit(recipe, shape, config) -> list of problems` compares the data with what the
-    model (a `ModelShape`, its config.json) expects, in the parent; `report(path, options, thorough, picture) -> dict` is what `loong
-    data inspect` shows, or with `thorough`, which reads everything, `loong data check`: a JSON object of `facts` (pairs
-    of name and text), `tables` (each with `columns` and `rows` of texts), `problems` (texts), and more that only --json
-    prints. `picture` is where a PNG of the data is wanted, or None.
+    functions run without a tensor library. `fit(recipe, shape, config) -> list of problems` compares the data with what
+    the model expects (its `ModelShape` and config.json), in the parent. `report(path, options, thorough, picture) ->
+    dict` is what `loong data inspect` shows, or with `thorough`, which reads everything, `loong data check`: a JSON
+    object of `facts` (pairs of name and text), `tables` (each with `columns` and `rows` of texts), `problems` (texts),
+    and more that only --json prints; `picture` is where a PNG of the data is wanted, or None.
 
     `claims(path) -> bool` recognises the source's own data, for commands that are given a bare path.
     """

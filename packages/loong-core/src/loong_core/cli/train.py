@@ -103,11 +103,13 @@ def _join(recipe: str, overrides: list[str], registry: Registry, startup: Startu
 def _announce(prepared: Prepared, folder: Path) -> None:
     recipe, plan = prepared.recipe, prepared.plan
     degrees = " ".join(f"{name} {getattr(plan, name)}" for name in ("tp", "pp", "cp", "ep", "dp"))
+    weights = f"weights of {recipe.model.weights}" if recipe.model.weights is not None else "random weights"
+    model = f"{prepared.family.name}, {output.count(plan.parameters)} parameters, {prepared.precision.name}, {weights}"
     size = f"x {recipe.data.seq_len} tokens" if prepared.task.counts == "tokens" else "samples"
     output.pairs(
         [
             ("run", f"{folder}, {recipe.run.steps} steps of {recipe.data.global_batch} {size}"),
-            ("model", f"{prepared.family.name}, {output.count(plan.parameters)} parameters, {prepared.precision.name}"),
+            ("model", model),
             ("layout", f"{plan.world} x {prepared.backend.name}, {plan.planner}: {degrees}"),
             ("ops", ", ".join(f"{choice.op} {choice.name}" for choice in prepared.ops.values())),
         ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
@@ -10,7 +11,7 @@ import pytest
 import yaml
 
 from loong_core.plugins import load
-from loong_core.recipe_load import SUFFIXES, dump, from_mapping, load_file
+from loong_core.recipe_load import SUFFIXES, LoadedRecipe, dump, from_mapping, load_file
 from loong_core.recipe_load import load as load_recipe
 from loong_core.registry import Registry
 from loong_core.testing.contract import Contract
@@ -19,10 +20,12 @@ from loong_core.validate import prepare
 
 
 class RecipeContract(Contract):
-    """Set `folder` to the name of a recipe folder that a plugin provides."""
+    """Set `folder` to the name of a recipe folder that a plugin provides, and `words` to what a user has to add to a
+    recipe, by its name: a recipe that continues published weights names neither them nor their config."""
 
     required: ClassVar[tuple[str, ...]] = ("folder",)
     folder: ClassVar[str]
+    words: ClassVar[Mapping[str, Sequence[str]]] = {}
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         """One test per recipe of the folder."""
@@ -35,6 +38,10 @@ class RecipeContract(Contract):
         """The recipe files, in name order."""
         folder = Registry(load()).get("recipes", cls.folder).path
         return sorted(path for path in Path(folder).iterdir() if path.suffix in SUFFIXES)
+
+    def completed(self, recipe: Path, registry: Registry) -> LoadedRecipe:
+        """The recipe with what its user has to add."""
+        return load_recipe(str(recipe), self.words.get(recipe.stem, ()), registry)
 
     def test_folder_holds_recipes(self) -> None:
         """There is at least one, and no two differ in their ending only."""
@@ -62,14 +69,14 @@ class RecipeContract(Contract):
     def test_recipe_plans(self, recipe: Path) -> None:
         """It validates and plans for the devices it asks for, with neither those devices nor its data here."""
         registry = Registry(load())
-        prepared = prepare(load_recipe(str(recipe), [], registry), registry, purpose="plan")
+        prepared = prepare(self.completed(recipe, registry), registry, purpose="plan")
         launch = prepared.recipe.launch
         assert prepared.plan.world == prepared.cluster.world == int(launch.devices) * launch.nodes
 
     def test_resolved_recipe_is_a_recipe(self, recipe: Path, tmp_path: Path) -> None:
         """What a run folder would hold loads back equal, and resolves to itself."""
         registry = Registry(load())
-        first = prepare(load_recipe(str(recipe), [], registry), registry, purpose="plan")
+        first = prepare(self.completed(recipe, registry), registry, purpose="plan")
         path = tmp_path / "recipe.yaml"
         path.write_text(dump(first.recipe))
         assert load_file(path) == first.recipe == from_mapping(yaml.safe_load(path.read_text()))
