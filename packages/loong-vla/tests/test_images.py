@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from loong_vla.images import DRAWS, Resize, augmented, edge_resize, pad_resize, square_resize
+from loong_vla.images import DRAWS, Resize, augmented, edge_resize, looked_at, pad_resize, square_resize
 
 
 def picture(rows: int, columns: int, seed: int = 0) -> np.ndarray:
@@ -50,35 +50,38 @@ def test_letterbox_makes_images_square() -> None:
     assert edge_resize(32, edge=32, crop=None)(picture(20, 30), None).shape == (32, 48, 3)
 
 
-def middle_draws(samples: int, cameras: int) -> torch.Tensor:
-    return torch.full((samples, cameras, DRAWS), 0.5) * torch.tensor([1.0] * 6 + [0.0])
+def middle_draws(images: int) -> torch.Tensor:
+    return torch.full((images, DRAWS), 0.5) * torch.tensor([1.0] * 6 + [0.0])
 
 
-def test_without_draws_nothing_happens() -> None:
-    images = torch.from_numpy(picture(8, 6))[None, None]
-    assert augmented(images, None) is images
+def test_a_batch_says_whether_its_images_are_changed() -> None:
+    images = torch.from_numpy(np.stack([picture(8, 6, seed) for seed in range(4)])).view(2, 2, 8, 6, 3)
+    index = torch.tensor([3, 0])
+    assert torch.equal(looked_at({"images": images}, index), images.flatten(0, 1)[index])
+    draws = middle_draws(4) * torch.linspace(0.5, 1.0, 4)[:, None]
+    found = looked_at({"images": images, "augmentation": draws.view(2, 2, DRAWS)}, index)
+    torch.testing.assert_close(found, augmented(images.flatten(0, 1)[index], draws[index]))
 
 
 def test_images_change_alone_and_by_their_own_draws() -> None:
-    images = torch.from_numpy(np.stack([picture(16, 12, seed) for seed in range(4)])).view(2, 2, 16, 12, 3)
-    draws = torch.rand(2, 2, DRAWS, generator=torch.Generator().manual_seed(1)).round(decimals=3)
+    images = torch.from_numpy(np.stack([picture(16, 12, seed) for seed in range(4)]))
+    draws = torch.rand(4, DRAWS, generator=torch.Generator().manual_seed(1)).round(decimals=3)
     draws[..., 6] = 0
     whole = augmented(images, draws)
     assert whole.shape == images.shape and whole.dtype == torch.float32
     assert whole.min() >= -1 and whole.max() <= 1
-    for sample in range(2):
-        for camera in range(2):
-            cut = slice(sample, sample + 1), slice(camera, camera + 1)
-            torch.testing.assert_close(augmented(images[cut], draws[cut]), whole[cut], rtol=1e-5, atol=1e-5)
+    for image in range(4):
+        cut = slice(image, image + 1)
+        torch.testing.assert_close(augmented(images[cut], draws[cut]), whole[cut], rtol=1e-5, atol=1e-5)
     changed = draws.clone()
-    changed[1, 0, 3] = 1 - changed[1, 0, 3]
-    different = (augmented(images, changed) != whole).flatten(2).any(-1)
-    assert different.tolist() == [[False, False], [True, False]]
+    changed[2, 3] = 1 - changed[2, 3]
+    different = (augmented(images, changed) != whole).flatten(1).any(-1)
+    assert different.tolist() == [False, False, True, False]
 
 
 def test_colours() -> None:
-    images = torch.full((1, 1, 8, 8, 3), 100, dtype=torch.uint8)
-    draws = middle_draws(1, 1)
+    images = torch.full((1, 8, 8, 3), 100, dtype=torch.uint8)
+    draws = middle_draws(1)
     draws[..., 6] = 1.0
     as_seen = images.float() / 127.5 - 1
     torch.testing.assert_close(augmented(images, draws), as_seen)
@@ -88,13 +91,13 @@ def test_colours() -> None:
 
 def test_geometry_of_a_turn_and_a_shift() -> None:
     """A spot moves against the crop, and by the angle about the middle; cameras on the hand keep it."""
-    images = torch.zeros(1, 1, 101, 101, 3, dtype=torch.uint8)
-    images[0, 0, 50, 90] = 255
-    draws = middle_draws(1, 1)
+    images = torch.zeros(1, 101, 101, 3, dtype=torch.uint8)
+    images[0, 50, 90] = 255
+    draws = middle_draws(1)
     draws[..., 2] = 1.0  # 5 degrees
 
     def spot(draws: torch.Tensor) -> tuple[float, float]:
-        weight = augmented(images, draws)[0, 0, ..., 0] + 1
+        weight = augmented(images, draws)[0, ..., 0] + 1
         rows, columns = torch.meshgrid(torch.arange(101.0), torch.arange(101.0), indexing="ij")
         return float((weight * rows).sum() / weight.sum()), float((weight * columns).sum() / weight.sum())
 

@@ -63,7 +63,7 @@ def test_groot_turn_has_a_run_of_tokens_for_every_image(tokenizer: Any) -> None:
     tokens, mask = prompts.tokens(TASKS[1], cameras=2)
     assert len(tokens) == prompts.length and prompts.length % 8 == 0 and (tokens[mask] == image).sum() == 8
     shown = "<|vision_start|>" + IMAGE * 4 + "<|vision_end|>"
-    assert tokenizer.decode(tokens[mask]) == f"<|im_start|>user\n{shown * 2}fold the tshirt<|im_end|>\n"
+    assert tokenizer.decode(tokens[mask]) == f"{START}<|im_start|>user\n{shown * 2}fold the tshirt<|im_end|>\n"
     fewer, mask = prompts.tokens(TASKS[1], cameras=1)
     assert len(fewer) == prompts.length and (fewer == image).sum() == 4
     longer, mask = prompts.tokens("word " * 200, cameras=1)

@@ -26,6 +26,7 @@ from loong_vla.groot_eagle import EagleTower
 from loong_vla.groot_head import Diffusion, Embodiments, Memory, Refiner, sinusoids
 from loong_vla.groot_packing import Packing, pack, packing_of
 from loong_vla.groot_parameters import fused, trained_layer
+from loong_vla.images import looked_at
 
 
 class Groot(nn.Module):
@@ -123,8 +124,7 @@ class Groot(nn.Module):
         """What the backbone makes of images and prompt: [l,b,f]."""
         fields = self.shape.fields
         with torch.set_grad_enabled(torch.is_grad_enabled() and _learns_to_see(fields)):
-            images = batch["images"].flatten(0, 1).index_select(0, packing.cameras)
-            seen, deep = self.vision(images)
+            seen, deep = self.vision(looked_at(batch, packing.cameras))
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.llm.first_trained == 0):
             words = functional.embedding(batch["tokens"].t(), self.embed)
             x = torch.where(packing.is_image, _placed(seen, packing.seen), words)

@@ -9,7 +9,7 @@ of a run nor a wait for the device decides what is seen. Sources: lerobot 0.6 an
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -162,21 +162,26 @@ def _taps(old: int, new: int, kind: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 # ---------------------------------------------------------------------------------------------------- on the device
-def augmented(images: Tensor, draws: Tensor | None) -> Tensor:
-    """OpenPI's training augmentation: images [b,c,y,x,3] uint8 and draws [b,c,DRAWS] -> float32 in [-1, 1].
+def looked_at(batch: Mapping[str, Tensor], index: Tensor) -> Tensor:
+    """The images of a batch at positions `index` [n] of its b*c, [n,y,x,3]: as they are, or augmented where the batch
+    carries draws for that (`augmentation` [b,c,DRAWS]), which only training batches do."""
+    images = batch["images"].flatten(0, 1).index_select(0, index)
+    draws = batch.get("augmentation")
+    return images if draws is None else augmented(images, draws.flatten(0, 1).index_select(0, index))
+
+
+def augmented(images: Tensor, draws: Tensor) -> Tensor:
+    """OpenPI's training augmentation: images [n,y,x,3] uint8 and draws [n,DRAWS] -> float32 in [-1, 1].
 
     A window of 95 % of the image, turned by up to 5 degrees (bilinear, black outside), then brightness 0.7 to 1.3,
     contrast 0.6 to 1.4 and saturation 0.5 to 1.5. OpenPI draws once for a whole batch; here every image has its own.
-    Without draws the images are returned as they are. Nothing waits for the device.
+    Nothing waits for the device.
     """
-    if draws is None:
-        return images
     import torch
     import torch.nn.functional as functional
 
-    samples, cameras, rows, columns, _ = images.shape
-    pixels = images.flatten(0, 1).permute(0, 3, 1, 2).float() / 255.0
-    draw = draws.flatten(0, 1).float()
+    _, rows, columns, _ = images.shape
+    pixels, draw = images.permute(0, 3, 1, 2).float() / 255.0, draws.float()
     moved = functional.grid_sample(pixels, _grid(draw, rows, columns), mode="bilinear", align_corners=False)
     pixels = torch.where(draw[:, 6, None, None, None] > 0.5, pixels, moved)
     brightness, contrast, saturation = (
@@ -188,7 +193,7 @@ def augmented(images: Tensor, draws: Tensor | None) -> Tensor:
     pixels = (pixels - mean) * contrast + mean
     grey = pixels.mean(1, keepdim=True)
     pixels = ((pixels - grey) * saturation + grey).clamp(0, 1) * 2 - 1
-    return pixels.permute(0, 2, 3, 1).unflatten(0, (samples, cameras))
+    return pixels.permute(0, 2, 3, 1)
 
 
 CROP, ANGLE = 0.95, 5.0

@@ -178,16 +178,18 @@ def relative_statistics(
                 steps[step].append(np.asarray(action[step : step + count], np.float32) - origin)
     if sum(map(len, steps[0])) < 2:
         raise DataError(f"relative actions need at least two chunks of {horizon} frames; no episode is that long.")
-    pooled = [np.concatenate(values) for values in steps]
-    rows = pooled if by_step else [np.concatenate(pooled)]
+    if not by_step:
+        from loong_vla.lerobot.statistics import describe  # quantiles as LeRobot defines them
+
+        return describe(np.concatenate([part for values in steps for part in values]))
+    rows = [np.concatenate(values) for values in steps]
     found = {
         "min": [values.min(0) for values in rows],
         "max": [values.max(0) for values in rows],
         "mean": [values.mean(0, dtype=np.float64) for values in rows],
         "std": [values.std(0, dtype=np.float64) for values in rows],
-        **{f"q{share:02d}": [np.quantile(values, share / 100, axis=0) for values in rows] for share in (1, 10, 50, 90)},
+        "q01": [np.quantile(values, 0.01, axis=0) for values in rows],
         "q99": [np.quantile(values, 0.99, axis=0) for values in rows],
     }
     result = {name: np.stack(values).astype(np.float32) for name, values in found.items()}
-    counts = np.array([len(values) for values in rows])
-    return {**(result if by_step else {name: array[0] for name, array in result.items()}), "count": counts}
+    return {**result, "count": np.array([len(values) for values in rows])}

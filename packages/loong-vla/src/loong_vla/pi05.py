@@ -21,6 +21,7 @@ from loong_core.parallel.build import BuildContext
 from loong_core.train.engine import Batch, LocalParameter
 from loong_core.types import ModelShape
 from loong_vla.gemma import JointLayer, Memory, Rows, adaptive_norm, angles
+from loong_vla.images import looked_at
 from loong_vla.packing import Packing, pack, packing_of, permuted
 from loong_vla.siglip import Siglip
 
@@ -112,8 +113,7 @@ class Pi05(nn.Module):
 
     def _prefix(self, batch: Batch, packing: Packing) -> Tensor:
         """The packed prefix [r, width]: of every sample the tokens of its cameras, then its prompt."""
-        images = batch["images"].flatten(0, 1).index_select(0, packing.images)
-        seen = self.projector(self.vision(images)).flatten(0, 1)
+        seen = self.projector(self.vision(looked_at(batch, packing.images))).flatten(0, 1)
         words = self.embed(batch["tokens"].flatten().index_select(0, packing.tokens))
         return permuted(torch.cat([seen, words]), packing.rows, packing.rows_back)
 

@@ -111,7 +111,7 @@ class GrootPrompts:
         text = self._turn(formal(task) if self._formalise else task or DEFAULT_TASK, cameras)
         result: list[int] = []
         seen = 0
-        for token in self._tokenizer(text, add_special_tokens=False)["input_ids"]:
+        for token in self._tokenizer(text)["input_ids"]:
             image = token == self._image
             result.extend([token] * (self._each if image else 1))
             seen += image
