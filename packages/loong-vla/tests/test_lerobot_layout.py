@@ -225,6 +225,8 @@ def test_tasks_by_number_not_by_place(tmp_path: Path) -> None:
     file = dataset.root / "meta" / "tasks.parquet"
     pq.write_table(pa.table({"task_index": [1, 0], "__index_level_0__": ["b", "a"]}), file)
     assert [open_dataset(dataset.root).task(number) for number in (0, 1)] == ["a", "b"]
+    pq.write_table(pa.table({"kind": ["x", "y"], "task_index": [1, 0], "task": ["b", "a"]}), file)
+    assert open_dataset(dataset.root).task(0) == "a"
     pq.write_table(pa.table({"task_index": [0], "task": ["a"]}), file)
     with pytest.raises(DataError, match="episode 1, frame 2: task_index 1"):
         open_dataset(dataset.root).task(1, 2)

@@ -22,7 +22,7 @@ def _write(file: Path, count: int, rate: int = 20, **options: str) -> list[np.nd
     """A video of `count` frames that all differ much, and what a plain decoder makes of it."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(file), "w") as container:
-        stream = container.add_stream("libx264", rate=Fraction(rate), options=options)
+        stream = container.add_stream(options.pop("codec", "libx264"), rate=Fraction(rate), options=options)
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
         for number in range(count):
             image = np.zeros((48, 64, 3), np.uint8)
@@ -35,8 +35,15 @@ def _write(file: Path, count: int, rate: int = 20, **options: str) -> list[np.nd
 
 @pytest.mark.parametrize(
     "options",
-    [{"g": "1"}, {"g": "2"}, {"g": "250", "bf": "0"}, {"g": "40", "bf": "3"}, {"g": "20", "bf": "3", "flags": "-cgop"}],
-    ids=["all_key", "as_lerobot", "one_key", "b_frames", "open_groups"],
+    [
+        {"g": "1"},
+        {"g": "2"},
+        {"g": "250", "bf": "0"},
+        {"g": "40", "bf": "3"},
+        {"g": "20", "bf": "3", "flags": "-cgop", "x264-params": "open-gop=1"},
+        {"codec": "libx265", "x265-params": "log-level=none:keyint=20:min-keyint=20:bframes=4:open-gop=1"},
+    ],
+    ids=["all_key", "as_lerobot", "one_key", "b_frames", "open_groups", "open_groups_of_hevc"],
 )
 def test_any_order(tmp_path: Path, options: dict[str, str]) -> None:
     frames = _write(tmp_path / "video.mp4", 120, **options)

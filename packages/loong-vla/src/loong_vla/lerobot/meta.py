@@ -207,7 +207,8 @@ def tasks_v3(root: Path) -> dict[int, str]:
     if "task_index" not in table.column_names or not texts:
         found = ", ".join(table.column_names) or "none"
         raise DataError(f"`{file}` needs the column task_index and one of texts; its columns are {found}.")
-    numbers, names = table.column("task_index").to_pylist(), table.column(texts[0]).to_pylist()
+    column = next((name for name in ("task", "__index_level_0__") if name in texts), texts[0])
+    numbers, names = table.column("task_index").to_pylist(), table.column(column).to_pylist()
     return {int(number): str(name) for number, name in zip(numbers, names, strict=True)}
 
 

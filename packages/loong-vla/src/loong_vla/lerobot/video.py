@@ -105,14 +105,11 @@ class Decoder:
 
     def _at(self, time: float, tolerance: float) -> np.ndarray:
         """A frame, decoded on from here where that is shorter. What is damaged on the way must not matter, so failures
-        are tried again from the key frame before, and from an earlier one: some streams refer past key frames."""
-        backs = [0.0, _SEEK_BACK]
-        if self._ahead(time, tolerance):
-            backs.insert(0, -1.0)
-        for back in backs:
+        are tried again from the key frame before."""
+        for ahead in (True, False) if self._ahead(time, tolerance) else (False,):
             try:
-                if back >= 0.0:
-                    self._seek(time, tolerance, back)
+                if not ahead:
+                    self._seek(time, tolerance)
                 return self._show(time, tolerance)
             except FrameError as error:
                 failure = error
@@ -140,10 +137,10 @@ class Decoder:
             return False
         return time - self._time <= max(_SEEK_FRAMES * self._period, self._key_distance)
 
-    def _seek(self, time: float, tolerance: float, back: float) -> None:
-        """Stop at a key frame at or before `time - back`, or at the first frame of the file."""
+    def _seek(self, time: float, tolerance: float) -> None:
+        """Stop at a key frame at or before `time`, or at the first frame of the file."""
         start = 0 if self._stream.start_time is None else self._stream.start_time
-        for seconds in (back, back + _SEEK_BACK, None):
+        for seconds in (0.0, _SEEK_BACK, None):
             offset = start if seconds is None else max(start, int((time - seconds) / self._stream.time_base) - 1)
             self._container.seek(offset, stream=self._stream, backward=True, any_frame=False)
             self._frames, self._key_time, self._damaged = self._container.decode(self._stream), None, False
