@@ -44,7 +44,11 @@ def test_rows_are_those_of_the_samples_in_order(
     for order, back in ((found.rows, found.rows_back), (found.joint, found.joint_back)):
         assert sorted(order.tolist()) == list(range(len(order)))
         assert order[back].tolist() == list(range(len(order)))
-    assert found.offsets[-1] == len(packed)
+    longest = cameras.shape[1] * image_tokens + valid.shape[1]
+    assert found.offsets.diff().max() <= longest and found.joint_offsets.diff().max() <= longest + horizon
+    assert found.offsets[-1] == len(packed) and found.joint_offsets[-1] == len(found.joint)
+    horizons = [min(number, samples) * horizon for number in range(2 * samples + 1)]
+    assert found.suffix_offsets.tolist() == horizons and len(found.joint_offsets) == len(horizons)
     for chosen, mask in ((found.images, cameras), (found.tokens, valid)):
         assert len(chosen) == min(-(-int(mask.sum()) // bucket) * bucket, mask.numel())
 
@@ -92,19 +96,19 @@ def test_permuted_rows_have_the_gradient_of_a_gather() -> None:
 def test_attention_is_that_of_each_sequence_alone() -> None:
     torch.manual_seed(1)
     heads, groups, size = 6, 2, 4
-    query_offsets, key_offsets = torch.tensor([0, 3, 3, 7]), torch.tensor([0, 2, 3, 8])
-    query = torch.randn(9, heads, size, dtype=torch.float64, requires_grad=True)
+    query_offsets, key_offsets = torch.tensor([0, 3, 3, 7, 7]), torch.tensor([0, 2, 3, 8, 9])
+    query = torch.randn(7, heads, size, dtype=torch.float64, requires_grad=True)
     key, value = (torch.randn(9, groups, size, dtype=torch.float64, requires_grad=True) for _ in "kv")
     out = ragged_attention(query, key, value, query_offsets.int(), key_offsets.int(), (9, 9))
-    sequence = torch.tensor([0] * 3 + [2] * 4 + [-1] * 2)
-    owner = torch.tensor([0] * 2 + [1] + [2] * 5 + [-2])
+    sequence = torch.tensor([0] * 3 + [2] * 4)
+    owner = torch.tensor([0] * 2 + [1] + [2] * 5 + [3])
     repeated = [x.repeat_interleave(heads // groups, dim=1) for x in (key, value)]
     scores = torch.einsum("qhd,khd->hqk", query, repeated[0]) / size**0.5
-    weights = scores.masked_fill(sequence[:, None] != owner, -torch.inf)[:, :7].softmax(-1)
+    weights = scores.masked_fill(sequence[:, None] != owner, -torch.inf).softmax(-1)
     wanted = torch.einsum("hqk,khd->qhd", weights, repeated[1]).flatten(1)
-    torch.testing.assert_close(out[:7], wanted)
+    torch.testing.assert_close(out, wanted)
     weight = torch.randn_like(wanted)
-    ours = torch.autograd.grad((out[:7] * weight).sum(), (query, key, value))
+    ours = torch.autograd.grad((out * weight).sum(), (query, key, value))
     theirs = torch.autograd.grad((wanted * weight).sum(), (query, key, value))
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other)

@@ -17,10 +17,9 @@ def ragged_attention(
 ) -> Tensor:
     """Every row of a sequence sees every row of it: query [q,h,d], key and value [k,g,d] -> [q,h*d].
 
-    Sequence i holds query rows `query_offsets[i]` to `query_offsets[i+1]` and key rows likewise (int32 [s+1]). Rows
-    past the last offset belong to nobody: as queries their output is not defined, as keys they are unused. Head i reads
-    key-value head i // (h/g). `longest` are bounds on the lengths, of queries and of keys. Scores are scaled by
-    d^-0.5, the softmax is float32.
+    Sequence i holds query rows `query_offsets[i]` to `query_offsets[i+1]` and key rows likewise (int32 [s+1]). Every
+    row belongs to one; a sequence may have no queries, or no rows at all. Head i reads key-value head i // (h/g).
+    `longest` are bounds on the lengths, of queries and of keys. Scores are scaled by d^-0.5, the softmax is float32.
 
     On CUDA in 16 bits this is one flash-attention call that never asks the device for a length. Elsewhere sequences are
     computed one after the other, which on CUDA in float32 waits for the offsets.
@@ -35,12 +34,12 @@ def ragged_attention(
     ends = zip(query_offsets.tolist(), key_offsets.tolist(), strict=True)
     begin = next(ends)
     for end in ends:
+        assert end[0] - begin[0] <= longest[0] and end[1] - begin[1] <= longest[1], "a sequence longer than its bound"
         if end[0] > begin[0]:
             rows, keys = slice(begin[0], end[0]), slice(begin[1], end[1])
             parts.append(_sequence(query[rows], key[keys], value[keys]))
         begin = end
-    if begin[0] < query.shape[0]:
-        parts.append(query[begin[0] :].flatten(1) * 0.0)
+    assert begin == (len(query), len(key)), "rows that belong to no sequence"
     return torch.cat(parts)
 
 

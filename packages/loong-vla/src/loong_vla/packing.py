@@ -29,8 +29,8 @@ class Packing(NamedTuple):
     prefix is row `rows[k]` of (image tokens, then prompt tokens), [r]; `rows_back` is the inverse permutation.
     `positions` [r] count from 0 in each sequence, `suffix_positions` [b,h] go on from there. `offsets` [2b+1] are where
     the sequences of the prefix begin. `joint` [r + b*h] orders (prefix, then suffix) rows so that each sample's prefix
-    is followed by its suffix; `joint_offsets` [b+1], `suffix_offsets` [b+1] say where. Offsets are int32, the rest
-    int64.
+    is followed by its suffix; `joint_offsets` and `suffix_offsets` [2b+1] say where; padding has no suffix. Offsets
+    are int32, the rest int64.
     """
 
     images: Tensor
@@ -90,8 +90,9 @@ def arrange(
     sequence = owner[rows]
     positions = torch.arange(len(rows)) - offsets[sequence]
     suffix_positions = lengths[:samples, None] + torch.arange(horizon)
-    # What belongs to no sample comes last; a sample's suffix stands behind its prefix because the sort is stable.
-    joint_owner = torch.cat([sequence.clamp(max=samples), torch.arange(samples).repeat_interleave(horizon)])
+    # A sample's suffix stands behind its prefix because the sort is stable. Padding stays in sequences, of no queries:
+    # kernels leave the gradients of keys outside of sequences as they find them in memory.
+    joint_owner = torch.cat([sequence, torch.arange(samples).repeat_interleave(horizon)])
     joint = torch.argsort(joint_owner, stable=True)
     return Packing(
         images=images,
@@ -101,10 +102,10 @@ def arrange(
         positions=positions,
         suffix_positions=suffix_positions,
         offsets=offsets.int(),
-        suffix_offsets=torch.arange(samples + 1, dtype=torch.int32) * horizon,
+        suffix_offsets=torch.arange(2 * samples + 1, dtype=torch.int32).clamp(max=samples) * horizon,
         joint=joint,
         joint_back=torch.argsort(joint),
-        joint_offsets=_offsets(lengths[:samples] + horizon).int(),
+        joint_offsets=_offsets(torch.bincount(joint_owner, minlength=2 * samples)).int(),
     )
 
 
