@@ -72,7 +72,7 @@ def open_policy(
         family=run.family.name,
         fields=run.shape.fields,
         config=run.config,
-        tokenizer=prompts.load_tokenizer(_tokenizer(place, run)),
+        tokenizer=_loaded(_tokenizer(place, run)),
         settings=settings,
         folders=_folders(place, run),
     )
@@ -155,6 +155,18 @@ def _tokenizer(place: Place, run: Run) -> Path:
         f"`{place.weights}` holds no tokenizer, so an instruction cannot be read. Copy the policy's tokenizer files "
         f"({' or '.join(_TOKENIZERS)}) there."
     )
+
+
+def _loaded(folder: Path) -> Any:
+    """The tokenizer of a folder. transformers would warn that it does not know the model beside it."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        return prompts.load_tokenizer(folder)
+    finally:
+        logging.set_verbosity(before)
 
 
 # --------------------------------------------------------------------------------------------------------- the model
