@@ -1,4 +1,4 @@
-"""lerobot reads the datasets that are generated here, and sees in them what our readers see, frame by frame."""
+"""lerobot sees in datasets, generated here or recorded by itself, what our readers see: every frame, every column."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from loong_vla.check import report
 from loong_vla.lerobot.generate import generate
 from loong_vla.lerobot.layout import INDEX_FEATURES, Dataset, open_dataset
 from loong_vla.lerobot.statistics import compute, quantile_names
@@ -34,6 +35,7 @@ CASES = {
     "hevc_far_key_frames": {"frames": [40, 17], "codec": "hevc", "keyframes": 25, "fps": 50, "state": 1, "action": 2},
     "odd_mpeg4": {"frames": [15], "codec": "mpeg4", "keyframes": 6, "cameras": {"observation.images.top": (48, 64)}},
     "images": {"frames": [6, 8], "images": True, "cameras": {"observation.images.top": (33, 47)}},
+    "recorded_by_lerobot": {},
     "v2": {"version": "v2.1", "frames": [20, 4, 31], "fps": 15, "action": 1},
     "v2_as_written": {"version": "v2.1", "frames": [5, 8], "cameras": {"observation.images.top": (32, 48)}},
 }
@@ -45,8 +47,14 @@ def peers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Dataset, 
     folder = tmp_path_factory.mktemp("peer")
     jobs = []
     for name, settings in CASES.items():
-        generate(folder / name, **settings)
-        job = {"root": str(folder / name), "out": str(folder / f"{name}.safetensors"), "convert": "v2" in name}
+        if settings:
+            generate(folder / name, **settings)
+        job = {
+            "root": str(folder / name),
+            "out": str(folder / f"{name}.safetensors"),
+            "convert": "v2" in name,
+            "record": not settings,
+        }
         jobs.append({**job, "horizon": 0 if name == "v2" else HORIZON, "statistics": name in ("v2", "h264_two_files")})
     (folder / "jobs.json").write_text(json.dumps(jobs))
     command = [str(PYTHON), str(PEER), str(folder / "jobs.json")]
@@ -80,6 +88,7 @@ def test_same_frames(case: str, peers: dict) -> None:
 def test_same_columns_and_tasks(case: str, peers: dict) -> None:
     dataset, seen, tasks = peers[case]
     names = ["observation.state", *INDEX_FEATURES, *([] if "chunk" in seen else ["action"])]
+    names += [name for name in ("observation.effort", "next.done") if name in seen]
     columns = [dataset.columns(item, names) for item in dataset.episodes]
     for name in names:
         ours = np.concatenate([part[name] for part in columns])
@@ -94,6 +103,11 @@ def test_same_columns_and_tasks(case: str, peers: dict) -> None:
             chunk = action[np.minimum(wanted, item.length - 1)]
             np.testing.assert_array_equal(chunk.reshape(seen["chunk"][number].shape), seen["chunk"][number])
             np.testing.assert_array_equal(wanted >= item.length, seen["chunk_is_pad"][number])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_nothing_to_complain_of(case: str, peers: dict) -> None:
+    assert report(peers[case][0].root, thorough=True)["problems"] == []
 
 
 @pytest.mark.parametrize("case", ["h264_two_files", "v2"])
@@ -123,7 +137,7 @@ def test_same_statistics(case: str, peers: dict) -> None:
 
 def test_statistics_of_the_files(peers: dict) -> None:
     """What the generator writes and what our reader makes of it is what lerobot makes of it; v2.1 has no quantiles."""
-    for case in ("av1", "images", "odd_mpeg4", "v2_as_written"):
+    for case in ("av1", "images", "odd_mpeg4", "v2_as_written", "recorded_by_lerobot"):
         dataset, seen, _ = peers[case]
         assert dataset.statistics is not None
         for name, entry in dataset.statistics.items():
