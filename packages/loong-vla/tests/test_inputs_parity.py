@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,23 +43,22 @@ def ask_peer() -> Iterator[Ask]:
         pytest.skip("LOONG_LEROBOT_PYTHON names no interpreter that has lerobot (nox session `parity` makes one)")
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": "", "OMP_NUM_THREADS": "1"}
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen([PEER, SCRIPT], **pipes, text=True, env=environment)
+    with subprocess.Popen([PEER, SCRIPT], **pipes, text=True, env=environment) as process:
+        yield partial(ask_process, process)
 
-    def ask(folder: Path, case: dict[str, Any], inputs: dict[str, Any]) -> dict[str, np.ndarray]:
-        (folder / "case.json").write_text(json.dumps(case))
-        tensors = {name: torch.as_tensor(np.ascontiguousarray(value)) for name, value in inputs.items()}
-        save_file(tensors, folder / "inputs.safetensors")
-        assert process.stdin is not None and process.stdout is not None
-        process.stdin.write(f"{folder}\n")
-        process.stdin.flush()
-        answer = process.stdout.readline()
-        assert answer == "done\n", json.loads(answer) if answer else "LeRobot's process ended"
-        return {name: tensor.numpy() for name, tensor in load_file(folder / "outputs.safetensors").items()}
 
-    yield ask
-    assert process.stdin is not None
-    process.stdin.close()
-    process.wait(60)
+def ask_process(
+    process: subprocess.Popen[str], folder: Path, case: dict[str, Any], inputs: dict[str, Any]
+) -> dict[str, np.ndarray]:
+    (folder / "case.json").write_text(json.dumps(case))
+    tensors = {name: torch.as_tensor(np.ascontiguousarray(value)) for name, value in inputs.items()}
+    save_file(tensors, folder / "inputs.safetensors")
+    assert process.stdin is not None and process.stdout is not None
+    process.stdin.write(f"{folder}\n")
+    process.stdin.flush()
+    answer = process.stdout.readline()
+    assert answer == "done\n", json.loads(answer) if answer else "LeRobot's process ended"
+    return {name: tensor.numpy() for name, tensor in load_file(folder / "outputs.safetensors").items()}
 
 
 def picture(rows: int, columns: int, seed: int) -> np.ndarray:

@@ -51,7 +51,8 @@ def _prepare(rank: int, path: Path) -> str:
     registry = Registry(plugins.load())
     prepared = validate.prepare(load(str(path), [], registry), registry)
     target = run_folder.create(prepared, registry)
-    prepare(prepared.recipe, target, registry=registry)
+    if registry.get("data_sources", prepared.recipe.data.source).stream is None:
+        prepare(prepared.recipe, target, registry=registry)
     return str(target)
 
 
