@@ -39,9 +39,10 @@ def make_run(folder: Path, dataset: Dataset, name: str = "pi05_tiny_cpu", **conf
     content["run"] |= {"name": folder.name, "dir": str(folder.parent)}
     recipe, family = Recipe.model_validate(content), FAMILIES[name]
     shape = resolve(family.describe)(family, content["model"]["config"])
+    plan = ParallelPlan(planner="torch", world=1, micro_batch=4, micro_batches=2)
     run = SimpleNamespace(
         recipe=recipe, folder=folder, family=family, config=content["model"]["config"], shape=shape,
-        plan=ParallelPlan(planner="torch", world=1, micro_batch=4, micro_batches=2), precision=POLICIES[0], device="cpu",
+        plan=plan, precision=POLICIES[0], device="cpu",
         cluster=SimpleNamespace(devices_per_node=1), rank=0, world=1, notes=[], is_main=True, step=0,
     )  # fmt: skip
     folder.mkdir(parents=True)
