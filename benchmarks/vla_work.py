@@ -122,7 +122,7 @@ def batches(job: Mapping[str, Any]) -> None:
         "forward_tflop_of_a_sample": {name: flops / 1e12 for name, flops in forward(fields, mean).items()},
         "tflop_of_a_sample": sum(training(fields, one) for one in everything) / len(seen) / 1e12,
         "counted": [int(tensors[f"{step}.action_mask"].sum()) for step in range(job["steps"])],
-        "lr": [learning_rate(prepared.recipe.optim, step, job["steps"]) for step in range(job["steps"])],
+        "lr": [learning_rate(prepared.recipe.optim, step + 1, job["steps"]) for step in range(job["steps"])],
         "optim": prepared.recipe.optim.model_dump(mode="json"),
         "precision": prepared.recipe.precision,
         "plan": {"dp": prepared.plan.dp, "micro_batch": prepared.plan.micro_batch},

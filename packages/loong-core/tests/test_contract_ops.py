@@ -57,3 +57,27 @@ class TestGatedMlp(OpContract):
     op = "gated_mlp"
     implementation = "torch"
     dtypes = ("float32", "bfloat16", "float16", "float64")
+
+
+class TestGeglu(OpContract):
+    op = "geglu"
+    implementation = "torch"
+    dtypes = ("float32", "bfloat16", "float16", "float64")
+
+
+class TestAdaRmsNorm(OpContract):
+    op = "ada_rms_norm"
+    implementation = "torch"
+    dtypes = ("float32", "bfloat16", "float16", "float64")
+
+
+class TestLayerNormModulate(OpContract):
+    op = "layer_norm_modulate"
+    implementation = "torch"
+    dtypes = ("float32", "bfloat16", "float16", "float64")
+
+
+class TestGatedResidual(OpContract):
+    op = "gated_residual"
+    implementation = "torch"
+    dtypes = ("float32", "bfloat16", "float16", "float64")

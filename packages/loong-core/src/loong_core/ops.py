@@ -124,6 +124,34 @@ DECLARATIONS: Mapping[str, OpDeclaration] = {
             summary="A dense SwiGLU layer without biases: two products with the activation between them.",
         ),
         OpDeclaration(
+            name="geglu",
+            signature="geglu(x[..., 2f]) -> [..., f] in x's dtype",
+            reference="loong_core.references.activation:geglu",
+            tolerances={"float64": 1e-12, "float32": 1e-5, "bfloat16": 2e-2, "float16": 4e-3},
+            summary="GELU (tanh form) of the first half of the last dim times the second half.",
+        ),
+        OpDeclaration(
+            name="ada_rms_norm",
+            signature="ada_rms_norm(x[b,s,n], scale[b,n], shift[b,n] or None, epsilon) -> [b,s,n] in x's dtype",
+            reference="loong_core.references.modulation:ada_rms_norm",
+            tolerances={"float64": 1e-12, "float32": 1e-5, "bfloat16": 3e-2, "float16": 4e-3},
+            summary="Root-mean-square norm, scaled by 1 + scale and shifted by what belongs to the sample.",
+        ),
+        OpDeclaration(
+            name="layer_norm_modulate",
+            signature="layer_norm_modulate(x[b,s,n], scale[b,n], shift[b,n] or None, epsilon) -> [b,s,n] in x's dtype",
+            reference="loong_core.references.modulation:layer_norm_modulate",
+            tolerances={"float64": 1e-12, "float32": 1e-5, "bfloat16": 3e-2, "float16": 4e-3},
+            summary="Layer norm without weights, scaled by 1 + scale and shifted by what belongs to the sample.",
+        ),
+        OpDeclaration(
+            name="gated_residual",
+            signature="gated_residual(residual[b,s,n], x[b,s,n], gate[b,n]) -> [b,s,n] in residual's dtype",
+            reference="loong_core.references.modulation:gated_residual",
+            tolerances={"float64": 1e-12, "float32": 1e-5, "bfloat16": 2e-2, "float16": 4e-3},
+            summary="A branch times the gate of its sample, added to the residual.",
+        ),
+        OpDeclaration(
             name="adamw",
             signature=(
                 "adamw(parameter[n], gradient[n], exp_avg[n], exp_avg_sq[n], remainder[n] or None, *, lr, betas, eps, "
@@ -173,6 +201,10 @@ class Ops:
     experts: Callable[..., Tensor]
     linear: Callable[..., Tensor]
     gated_mlp: Callable[[Tensor, Tensor, Tensor], Tensor]
+    geglu: Callable[[Tensor], Tensor]
+    ada_rms_norm: Callable[[Tensor, Tensor, Tensor | None, float], Tensor]
+    layer_norm_modulate: Callable[[Tensor, Tensor, Tensor | None, float], Tensor]
+    gated_residual: Callable[[Tensor, Tensor, Tensor], Tensor]
     adamw: Callable[..., None]
 
     def __init__(self, functions: Mapping[str, Callable[..., Any]], choices: Mapping[str, OpChoice]) -> None:

@@ -70,6 +70,10 @@ TRITON: dict[str, str] = {
     "rms_norm": "rms_norm",
     "rotary_qkv": "rotary_qkv",
     "swiglu": "swiglu",
+    "geglu": "geglu",
+    "ada_rms_norm": "modulation",
+    "layer_norm_modulate": "modulation",
+    "gated_residual": "gated_residual",
     "route": "route",
 }
 """Op -> the module of its Triton implementation; the function is named after the op."""

@@ -10,6 +10,7 @@ from loong_core.testing.cases import (
     linear,
     linear_cross_entropy,
     mlp,
+    modulation,
     norm,
     rotary,
     routing,
@@ -27,4 +28,8 @@ CASES: dict[str, tuple[OpCase, ...]] = {
     "experts": experts.CASES,
     "linear": linear.CASES,
     "gated_mlp": mlp.CASES,
+    "geglu": activation.GEGLU,
+    "ada_rms_norm": modulation.ADA_RMS_NORM,
+    "layer_norm_modulate": modulation.LAYER_NORM_MODULATE,
+    "gated_residual": modulation.GATED_RESIDUAL,
 }
