@@ -60,8 +60,8 @@ def feature_problems(dataset: Dataset, settings: RobotOptions) -> Iterator[str]:
         feature = dataset.features.get(name)
         if feature is None:
             numeric = [item.name for item in dataset.features.values() if _vector(item)]
-            known = f"its vectors are {', '.join(numeric) or 'none'}.{did_you_mean(name, numeric)}"
-            yield f"data.options.{key}: `{dataset.root}` has no feature `{name}`; {known}"
+            known = f"Its vectors are {', '.join(numeric) or 'none'}."
+            yield f"data.options.{key}: `{dataset.root}` has no feature `{name}`.{did_you_mean(name, numeric)} {known}"
         elif not _vector(feature):
             kind = f"{feature.dtype} of shape {list(feature.shape)}"
             yield f"data.options.{key}: feature `{name}` of `{dataset.root}` is {kind}, not a vector of numbers."
@@ -70,8 +70,8 @@ def feature_problems(dataset: Dataset, settings: RobotOptions) -> Iterator[str]:
         if name is not None and name not in dataset.cameras:
             feature = dataset.features.get(name)
             kind = "is a depth map, which no policy reads" if feature and feature.depth else "is no camera"
-            known = f"its cameras are {', '.join(dataset.cameras) or 'none'}.{did_you_mean(name, dataset.cameras)}"
-            yield f"data.options.cameras: `{name}` {kind} of `{dataset.root}`; {known}"
+            known = f"{did_you_mean(name, dataset.cameras)} Its cameras are {', '.join(dataset.cameras) or 'none'}."
+            yield f"data.options.cameras: `{name}` {kind} of `{dataset.root}`.{known}"
 
 
 def _vector(feature: Feature) -> bool:
