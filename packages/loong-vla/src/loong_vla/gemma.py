@@ -15,7 +15,6 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from loong_core.ops import Ops
@@ -76,13 +75,13 @@ class PrefixLayer(nn.Module):
         self.ops = ops
         self.attn = nn.ModuleDict(
             {
-                "norm": RmsNorm(fields["hidden"], fields["norm_epsilon"]),
+                "norm": RmsNorm(fields["hidden"], fields["norm_epsilon"], ops),
                 **_projections(fields, fields["hidden"]),
             }
         )
         self.mlp = nn.ModuleDict(
             {
-                "norm": RmsNorm(fields["hidden"], fields["norm_epsilon"]),
+                "norm": RmsNorm(fields["hidden"], fields["norm_epsilon"], ops),
                 **_feed_forward(fields["hidden"], fields["ffn"]),
             }
         )
@@ -105,7 +104,7 @@ class PrefixLast(nn.Module):
         self.shape = _heads(fields)
         self.ops = ops
         rows = 2 * fields["kv_heads"] * fields["head_dim"]
-        norm = RmsNorm(fields["hidden"], fields["norm_epsilon"])
+        norm = RmsNorm(fields["hidden"], fields["norm_epsilon"], ops)
         self.attn = nn.ModuleDict({"norm": norm, "kv": nn.Linear(fields["hidden"], rows, bias=False)})
 
     def forward(self, hidden: Tensor, rows: Rows) -> tuple[Tensor, Memory]:
@@ -129,7 +128,7 @@ class ExpertLayer(nn.Module):
         )
 
     def forward(self, hidden: Tensor, condition: Tensor, memory: Memory, rows: Rows) -> Tensor:
-        normal, gate = adaptive_norm(hidden, self.attn["modulation"](condition), self.epsilon)
+        normal, gate = adaptive_norm(hidden, self.attn["modulation"](condition), self.epsilon, self.ops)
         mixed = self.ops.linear(normal.flatten(0, 1), self.attn["qkv"].weight)
         query, *own = turned(mixed, self.shape, rows.suffix_angles, self.ops)
         packing, (_, suffix, both) = rows.packing, rows.longest
@@ -137,33 +136,35 @@ class ExpertLayer(nn.Module):
             permuted(torch.cat(parts), packing.joint, packing.joint_back) for parts in zip(memory, own, strict=True)
         )
         seen = ragged_attention(query, keys, values, packing.suffix_offsets, packing.joint_offsets, (suffix, both))
-        hidden = hidden + gate * self.ops.linear(seen, self.attn["out"].weight).view_as(hidden)
-        normal, gate = adaptive_norm(hidden, self.mlp["modulation"](condition), self.epsilon)
-        return hidden + gate * feed_forward(normal, self.mlp, self.ops)
+        branch = self.ops.linear(seen, self.attn["out"].weight).view_as(hidden)
+        hidden = self.ops.gated_residual(hidden, branch, gate)
+        normal, gate = adaptive_norm(hidden, self.mlp["modulation"](condition), self.epsilon, self.ops)
+        return self.ops.gated_residual(hidden, feed_forward(normal, self.mlp, self.ops), gate)
 
 
 class RmsNorm(nn.Module):
-    """Gemma's norm, in float32: x / sqrt(mean(x^2) + epsilon) * (1 + weight), rounded once."""
+    """Gemma's norm, x / sqrt(mean(x^2) + epsilon) * (1 + weight): [r,w] -> [r,w]. In float32, rounded once."""
 
-    def __init__(self, width: int, epsilon: float) -> None:
+    def __init__(self, width: int, epsilon: float, ops: Ops) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width))
         self.epsilon = epsilon
+        self.ops = ops
 
     def forward(self, x: Tensor) -> Tensor:
-        return (_normal(x, self.epsilon) * (1.0 + _wide(self.weight))).to(x.dtype)
+        # Its weight is what an adaptive norm has for each sample; here there is one, of all rows.
+        return self.ops.ada_rms_norm(x[None], self.weight[None], None, self.epsilon)[0]
 
 
-def adaptive_norm(x: Tensor, modulation: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    """x [b,h,e], modulation [b,3e] (scale, shift, gate) -> norm(x) * (1 + scale) + shift in x's dtype, gate [b,1,e]."""
-    scale, shift, gate = modulation.unsqueeze(1).chunk(3, dim=-1)
-    return (_normal(x, epsilon) * (1.0 + _wide(scale)) + _wide(shift)).to(x.dtype), gate
+def adaptive_norm(x: Tensor, modulation: Tensor, epsilon: float, ops: Ops) -> tuple[Tensor, Tensor]:
+    """x [b,h,e], modulation [b,3e] (scale, shift, gate) -> norm(x) * (1 + scale) + shift in x's dtype, gate [b,e]."""
+    scale, shift, gate = modulation.chunk(3, dim=-1)
+    return ops.ada_rms_norm(x, scale, shift, epsilon), gate
 
 
 def feed_forward(x: Tensor, layers: nn.ModuleDict, ops: Ops) -> Tensor:
     """Two products with a gated GELU between them (Shazeer, 2020), in its tanh form."""
-    gate, value = ops.linear(x, layers["up"].weight).chunk(2, dim=-1)
-    return ops.linear(functional.gelu(gate, approximate="tanh") * value, layers["down"].weight)
+    return ops.linear(ops.geglu(ops.linear(x, layers["up"].weight)), layers["down"].weight)
 
 
 def turned(mixed: Tensor, shape: tuple[int, int, int], angles: Tensor, ops: Ops) -> tuple[Tensor, Tensor, Tensor]:
@@ -202,11 +203,6 @@ def _projections(fields: Mapping[str, Any], width: int) -> dict[str, nn.Module]:
 
 def _feed_forward(width: int, inner: int) -> dict[str, nn.Module]:
     return {"up": nn.Linear(width, 2 * inner, bias=False), "down": nn.Linear(inner, width, bias=False)}
-
-
-def _normal(x: Tensor, epsilon: float) -> Tensor:
-    wide = _wide(x)
-    return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -36,6 +36,7 @@ class Pi05(nn.Module):
         super().__init__()
         fields = shape.fields
         self.shape = shape
+        self.ops = ops
         self.vision = Siglip(fields, ops)
         self.projector = nn.Linear(fields["vision_hidden"], fields["hidden"])
         self.embed = Embedding(fields["vocabulary"], fields["hidden"])
@@ -131,7 +132,8 @@ class Pi05(nn.Module):
 
     def _velocity(self, suffix: Tensor, condition: Tensor) -> Tensor:
         # The final norm is modulated as all others are; its gate has nothing to gate.
-        normal, _ = adaptive_norm(suffix, self.modulation(condition), self.shape.fields["norm_epsilon"])
+        epsilon = self.shape.fields["norm_epsilon"]
+        normal, _ = adaptive_norm(suffix, self.modulation(condition), epsilon, self.ops)
         velocity: Tensor = self.velocity(normal)
         return velocity
 
