@@ -47,9 +47,7 @@ def serve(
     from loong_vla.generate import facts
     from loong_vla.policy import load_policy
 
-    if token is not None and not (
-        8 <= len(token) <= 200 and token.isascii() and token.isprintable() and " " not in token
-    ):
+    if token is not None and not _travels(token):
         raise UserError("--token: 8 to 200 ASCII characters without blanks are needed.")
     token = token or secrets.token_urlsafe(24)
     seed = secrets.randbelow(2**63) if seed is None else seed
@@ -72,3 +70,8 @@ def serve(
         )
     limits = serving.Limits(frame=largest * 2**20, connections=connections, waiting=waiting, patience=patience)
     asyncio.run(serving.run(policy, host, port, token, limits, ready))
+
+
+def _travels(token: str) -> bool:
+    """Whether a token can stand in a header of HTTP, and is long enough not to be guessed at once."""
+    return 8 <= len(token) <= 200 and token.isascii() and token.isprintable() and " " not in token
