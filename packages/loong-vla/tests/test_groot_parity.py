@@ -46,6 +46,11 @@ CASES: dict[str, dict[str, Any]] = {
 }
 TOLERANCE = 1e-4
 SINGLE = "model.safetensors"
+STATISTICS = {
+    "observation.state": {"min": [0.0, 1.0, -3.0], "max": [2.0, 2.0, -3.0]},
+    "action": {"min": [-1.0, 10.0], "max": [1.0, 30.0]},
+}
+"""As a run leaves them in its folder."""
 
 
 class Computed(NamedTuple):
@@ -183,11 +188,19 @@ def test_exports_open_in_lerobot(peer: Computed, tmp_path: Path) -> None:
     for kind, model in models.items():
         assert (sampled[kind] - peer.results["sampled_alone"]).abs().max() > 100 * TOLERANCE, "the step changed nothing"
         torch.testing.assert_close(model.sample(peer.batch), sampled[kind], rtol=TOLERANCE, atol=TOLERANCE)
+        # LeRobot scales by the run's statistics; a number that never changes is 0 to the policy.
+        state = torch.tensor([-0.5, 1.0, 0.0]) if kind == "checkpoint" else sampled["checkpoint_state"][0, 0, :3]
+        torch.testing.assert_close(sampled[f"{kind}_state"][0, 0, :3], state)
+        low, high = torch.tensor([-1.0, 10.0]), torch.tensor([1.0, 30.0])
+        action = torch.linspace(-0.9, 0.9, 14).reshape(7, 2)
+        torch.testing.assert_close(sampled[f"{kind}_action"][0], low + (action + 1) / 2 * (high - low))
 
 
 def stepped_and_exported(computed: Computed, kind: str, out: Path) -> Groot:
-    run = run_on(computed, kind, out.parent)
-    (computed.folder / kind / "statistics.json").write_text("{}")
+    run, embodiment = run_on(computed, kind, out.parent / f"run-{kind}"), computed.case["embodiment"][0]
+    (computed.folder / kind / "embodiment_id.json").write_text(json.dumps({"new_embodiment": embodiment}))
+    run.folder.mkdir(exist_ok=True, parents=True)
+    (run.folder / "statistics.json").write_text(json.dumps(STATISTICS))
     model = build_model(run.config)
     hf.load(run.recipe.model.weights, run, trained(model))
     loss_of(model, computed.batch)[1].backward()
@@ -204,5 +217,5 @@ def stepped_and_exported(computed: Computed, kind: str, out: Path) -> Groot:
         changed.add("backbone.model.lm_head.weight")
     frozen = [name for name in before if name.removeprefix(prefix) not in changed]
     assert frozen and all(torch.equal(before[name], after[name]) for name in frozen)
-    assert (out / "statistics.json").is_file()
+    assert (out / "embodiment_id.json").is_file()
     return model

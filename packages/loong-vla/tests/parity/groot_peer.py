@@ -16,8 +16,13 @@ from unittest import mock
 import lerobot.policies.groot.groot_n1_7 as peer
 import torch
 from lerobot.configs import FeatureType, PolicyFeature
+from lerobot.lerobot_types import TransitionKey
 from lerobot.policies.groot.configuration_groot import GrootConfig
 from lerobot.policies.groot.modeling_groot import GrootPolicy
+from lerobot.policies.groot.processor_groot import (
+    make_groot_pre_post_processors,
+    make_groot_pre_post_processors_from_pretrained,
+)
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2VLImageProcessor
 
@@ -148,6 +153,15 @@ def sample_alone(policy, batch, case):
     return torch.cat([sample(policy, batch, case, slice(i, i + 1)) for i in range(len(case["words"]))])
 
 
+def scaled(before, after):
+    """A state as the policy gets it, and an action as the robot gets it: the two steps that scale, alone."""
+    state = {"observation.state": torch.tensor([[0.5, 2.0, -3.0]])}
+    packed = before.steps[2]({TransitionKey.OBSERVATION: state, TransitionKey.COMPLEMENTARY_DATA: {"task": ["go"]}})
+    action = torch.linspace(-0.9, 0.9, 14).reshape(1, 7, 2)
+    done = after.steps[0]({TransitionKey.ACTION: action})
+    return packed[TransitionKey.OBSERVATION]["state"].contiguous(), done[TransitionKey.ACTION].contiguous()
+
+
 def compute(folder, case):
     torch.manual_seed(case["seed"])
     write_backbone(folder / "backbone", case)
@@ -187,10 +201,14 @@ def main(task, folder, *rest):
         return
     batch = load_file(folder / "batch.safetensors")
     policy = GrootPolicy.from_pretrained(rest[0], local_files_only=True)
-    found = {
-        "checkpoint": sample_alone(policy, batch, case),
-        "base": sample_alone(open_policy(rest[1], case), batch, case),
+    base = open_policy(rest[1], case)
+    found = {"checkpoint": sample_alone(policy, batch, case), "base": sample_alone(base, batch, case)}
+    pipelines = {
+        "checkpoint": make_groot_pre_post_processors_from_pretrained(policy.config, rest[0]),
+        "base": make_groot_pre_post_processors(base.config),
     }
+    for kind, (before, after) in pipelines.items():
+        found[f"{kind}_state"], found[f"{kind}_action"] = scaled(before, after)
     save_file(found, folder / "sampled.safetensors")
 
 
