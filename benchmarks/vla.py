@@ -24,6 +24,7 @@ from qwen3_moe import Failed, _version, call, device, relative, revision
 from report import REACHED, SETTLED
 from vla_report import PEER, Side, compare, outcome, side, table
 from vla_rows import (
+    CONSTANT,
     CURVES,
     PEER_SETTINGS,
     SEED,
@@ -31,6 +32,7 @@ from vla_rows import (
     TINY_GROOT,
     TINY_PI05,
     TINY_SIZES,
+    TORCH,
     Row,
 )
 
@@ -176,9 +178,8 @@ def _recipe(
     """What `loong train` gets."""
     config = {name: value for name, value in row.config.items() if not (options.tiny and name == "backbone_config")}
     batch = row.batch_of(options.tiny)
-    parallel = row.recipe["parallel"]
     return {
-        **row.recipe,
+        "base": f"loong_vla:{row.recipe}",
         "run": {"name": "run", "dir": str(folder / "runs"), "seed": SEED, "steps": steps},
         "model": {"family": row.family, "weights": weights, **({"config": config} if config else {})},
         "data": {
@@ -187,16 +188,15 @@ def _recipe(
             "tokenizer": {"train": 320},
             "global_batch": batch * options.world,
             "micro_batch": batch,
-            "options": {
-                "cameras": [*row.cameras, *[None] * row.absent],
-                **({"embodiment": 10} if row.family != "pi05" else {}),
-            },
+            "eval": None,
+            "options": {"cameras": [*row.cameras, *[None] * row.absent]},
         },
-        "parallel": {**parallel, "recompute": "none"},
+        "parallel": {"recompute": "none", "options": TORCH},
+        "optim": CONSTANT,
         "backend": options.backend,
         "precision": options.precision,
         "launch": {"devices": options.world},
-        "checkpoint": {"every": None, "export": None},
+        "checkpoint": {"every": None, "export": None, "resume": "never"},
         "log": {"to": ["jsonl"]},
     }
 

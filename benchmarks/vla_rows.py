@@ -6,6 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 SEED = 1234
+CONSTANT = {"warmup": 0, "schedule": "constant"}
+"""The learning rate of every row, at the recipe's peak: no step's time depends on it."""
+TORCH = {"cuda_graph": True}
+"""Options of the torch planner."""
 FRONT, WRIST = "observation.images.front", "observation.images.wrist"
 PI05_TASK = "pick up the black bowl between the plate and the ramekin and place it on the plate"
 GROOT_TASK = "put both the alphabet soup and the tomato sauce in the basket, then close the drawer of the cabinet"
@@ -31,15 +35,15 @@ losses. GR00T has defaults alone: no switch makes it faster."""
 class Row:
     """One piece of work for both sides.
 
-    `cameras` real ones are seen, `absent` ones are masked; `size` is the side of the images in the dataset. `config`
-    are keys of the model's config.json, `peers` names of `PEER_SETTINGS`. `measured` are samples a second of others,
-    measured before on one H200 at the same batch, whose code is in no package index.
+    `recipe` is a shipped one. `cameras` real ones are seen, `absent` ones are masked; `size` is the side of the images
+    in the dataset. `config` are keys of the model's config.json, `peers` names of `PEER_SETTINGS`. `measured` are
+    samples a second of others, measured before on one H200 at the same batch, whose code is in no package index.
     """
 
     name: str
     family: str
     preset: str
-    recipe: dict[str, Any]
+    recipe: str
     batch: int
     size: int
     task: str
@@ -56,29 +60,16 @@ class Row:
         return min(self.batch, 4) if tiny else self.batch
 
 
-_OPTIM = {"clip": 1.0, "warmup": 0, "schedule": "constant"}
-PI05_RECIPE: dict[str, Any] = {
-    "model": {"family": "pi05"},
-    "task": {"name": "flow_matching"},
-    "optim": {**_OPTIM, "lr": 2.5e-5, "betas": [0.9, 0.95], "weight_decay": 0.01},
-    "parallel": {"planner": "torch", "options": {"compile": True, "cuda_graph": True}},
-}
-GROOT_RECIPE: dict[str, Any] = {
-    "model": {"family": "groot_n17"},
-    "task": {"name": "flow_matching"},
-    "optim": {**_OPTIM, "lr": 1.0e-4, "betas": [0.9, 0.999], "weight_decay": 1.0e-5},
-    "parallel": {"planner": "torch", "options": {"compile": True, "cuda_graph": True}},
-}
 _PI05 = {
     "family": "pi05",
     "preset": "pi05",
-    "recipe": PI05_RECIPE,
+    "recipe": "pi05_full",
     "size": 224,
     "task": PI05_TASK,
     "absent": 1,
     "frames": 60,
 }
-_GROOT = {"recipe": GROOT_RECIPE, "task": GROOT_TASK}
+_GROOT = {"recipe": "groot_n17_finetune", "task": GROOT_TASK}
 _N17 = {
     **_GROOT,
     "family": "groot_n17",
