@@ -183,6 +183,8 @@ class TorchEngine:
     def _backward(self, batch: Batch) -> Tensor:
         total, report = self._forward(self._module, batch)
         total.backward()
+        if self._flat is not None:
+            self._flat.flush()
         return report
 
     def _forward(self, module: Any, batch: Batch) -> tuple[Tensor, Tensor]:

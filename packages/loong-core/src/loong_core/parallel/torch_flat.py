@@ -22,6 +22,10 @@ ALIGNMENT = 64
 """Elements: every parameter begins on a line of 128 bytes, which kernels that load tiles ask for."""
 
 
+_TOGETHER = 32
+"""Gradients that are brought to their buffers by one kernel: a launch for each would keep the host busy."""
+
+
 class Place(NamedTuple):
     """Where a parameter lies in its bucket, and whether it has weight decay."""
 
@@ -69,6 +73,7 @@ class FlatStore:
         self._gradients = gradients
         self._last = False
         self._next = 0
+        self._waiting: list[tuple[Any, Tensor]] = []
         size = bucket_size if self.world > 1 else 2**62
         self.buckets = [self._bucket(group, decayed) for group in _groups(parameters, size)]
         self._bucket_of = {place.parameter: bucket for bucket in self.buckets for place in bucket.places}
@@ -107,10 +112,9 @@ class FlatStore:
     def begin(self) -> None:
         """Start a step: what the buffers hold is of no use any more."""
         self._last = False
+        self.discard()
         for parameter in self._bucket_of:
             parameter.main_grad_empty = True
-            parameter.grad_added_to_main_grad = False
-            parameter.grad = None
 
     def expect_last(self) -> None:
         """The next backward pass is the step's last: buckets may be reduced as soon as they are complete."""
@@ -122,13 +126,10 @@ class FlatStore:
         if parameter.grad_added_to_main_grad:
             parameter.grad_added_to_main_grad = False
         elif parameter.grad is not None:
-            buffer, empty = gradient_buffer.buffer_to_fill(parameter)
-            assert buffer is not None
-            if empty:
-                buffer.copy_(parameter.grad)
-            else:
-                buffer.add_(parameter.grad)
+            self._waiting.append((parameter, parameter.grad))
         parameter.grad = None
+        if len(self._waiting) >= _TOGETHER:
+            self.flush()
         if self._last:
             bucket = self._bucket_of[parameter]
             bucket.missing -= 1
@@ -136,8 +137,31 @@ class FlatStore:
                 self._reduce(self.buckets[self._next])
                 self._next += 1
 
+    def flush(self) -> None:
+        """Bring gradients that wait for company to their buffers. To be called once a backward pass is over."""
+        first: tuple[list[Tensor], list[Tensor]] = [], []
+        later: tuple[list[Tensor], list[Tensor]] = [], []
+        for parameter, gradient in self._waiting:
+            buffer, empty = gradient_buffer.buffer_to_fill(parameter)
+            assert buffer is not None
+            for collected, tensor in zip(first if empty else later, (buffer, gradient), strict=True):
+                collected.append(tensor)
+        self._waiting.clear()
+        if first[0]:
+            torch._foreach_copy_(*first)
+        if later[0]:
+            torch._foreach_add_(*later)
+
+    def discard(self) -> None:
+        """Forget gradients that have not come to the buffers, after a pass that was broken off."""
+        self._waiting.clear()
+        for parameter in self._bucket_of:
+            parameter.grad_added_to_main_grad = False
+            parameter.grad = None
+
     def finish(self) -> None:
         """Reduce what has not been reduced yet. Parameters that no gradient has reached have a gradient of zeros."""
+        self.flush()
         started = self._next if self._last else 0
         for bucket in self.buckets[started:]:
             self._reduce(bucket)
@@ -148,6 +172,7 @@ class FlatStore:
                 bucket.handle = None
 
     def _reduce(self, bucket: Bucket) -> None:
+        self.flush()
         gradient_buffer.settle(bucket.trained)
         if self.sharded:
             mine = self._mine(bucket.gradients)

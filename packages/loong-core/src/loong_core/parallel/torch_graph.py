@@ -53,9 +53,8 @@ class Graphs:
         self.stream.wait_stream(here)
         with torch.cuda.stream(self.stream):
             report = self._run(batch, first, store)
+        # Each stream waits for the other, so memory that one of them frees is not written to before both are done.
         here.wait_stream(self.stream)
-        for tensor in (*batch.values(), report):
-            tensor.record_stream(self.stream if tensor is not report else here)
         return report
 
     def _run(self, batch: Batch, first: bool, store: FlatStore) -> Tensor:
@@ -94,6 +93,7 @@ class Graphs:
                 text[0],
             )
             torch.cuda.synchronize()
+            store.discard()
             store.mark_filled(before)
             return None
         found = self._graphs[key] = Captured(graph, static, report, store.filled())

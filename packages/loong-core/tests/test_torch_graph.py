@@ -1,0 +1,164 @@
+"""The bookkeeping around CUDA graphs and compiled units, with stand-ins for what needs a GPU."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from loong_core.testing import decoder, tiny
+from loong_core.testing.ranks import run_ranks
+
+
+@pytest.fixture(scope="module", autouse=True)
+def offered(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The decoder as a plugin."""
+    path = tmp_path_factory.mktemp("plugin") / "tiny_decoder_plugin.py"
+    path.write_text(decoder.PLUGIN)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOONG_PLUGIN_FILES", str(path))
+        yield
+
+
+def recipe(**sections: Any) -> dict[str, Any]:
+    data = {"global_batch": 6, "micro_batch": 1}
+    return tiny.settings("tiny_decoder", decoder.CONFIG, parallel={"planner": "torch"}, data=data, **sections)
+
+
+class Recorder:
+    """Acts as a CUDA graph does: recording computes nothing that stays, replaying computes on the recorded tensors."""
+
+    def __init__(self, engine: Any) -> None:
+        self.engine, self.replays, self.fails = engine, 0, False
+
+    def function(self, batch: Any) -> Any:
+        self.batch = batch
+        self.report = self.engine._backward(batch)
+        return self.report
+
+    @contextmanager
+    def graph(self, graph: Any, **_: Any) -> Iterator[None]:
+        store = self.engine._flat
+        kept, start = [bucket.gradients.clone() for bucket in store.buckets], store.filled()
+        yield
+        for bucket, values in zip(store.buckets, kept, strict=True):
+            bucket.gradients.copy_(values)
+        if self.fails:
+            parameter = store.buckets[0].trained[0]
+            parameter.grad = parameter.detach() + 1e6  # a backward pass that was broken off
+            raise RuntimeError("operation not permitted when stream is capturing\nand more")
+        graph.replay = self.replaying(self.batch, self.report, start)
+
+    def replaying(self, batch: Any, report: Any, start: list[bool]) -> Any:
+        def replay() -> None:
+            self.replays += 1
+            self.engine._flat.mark_filled(start)
+            report.copy_(self.engine._backward(batch))
+
+        return replay
+
+
+def with_graphs(engine: Any, most: int = 8) -> Recorder:
+    import torch
+
+    from loong_core.parallel.torch_graph import Graphs
+
+    recorder = Recorder(engine)
+    stand_ins = {"graph_pool_handle": lambda: None, "CUDAGraph": SimpleNamespace, "graph": recorder.graph}
+    for name, value in stand_ins.items():
+        mock.patch.object(torch.cuda, name, value, create=True).start()
+    engine._graphs = Graphs(recorder.function, most, "cpu")
+    return recorder
+
+
+def advance(run: Any, engine: Any, steps: int) -> list[list[float]]:
+    found = []
+    for step in range(steps):
+        rows = tiny.batches(run, step)
+        rows[1] = {name: tensor[:, :9] for name, tensor in rows[1].items()}  # another combination of shapes
+        found.append([engine.forward_backward(rows, step)["loss"], engine.step(1e-3)])
+    return found
+
+
+@pytest.mark.parametrize("most", [8, 1])
+def test_graphs_train_as_eager_passes(most: int, tmp_path: Path) -> None:
+    """First and later micro-batches of a step have graphs of their own: one fills the buffers, the other adds."""
+
+    def work(rank: int) -> list[Any]:
+        run, engine = tiny.start(recipe(), tmp_path)
+        exact = advance(run, engine, 5)
+        run, engine = tiny.start(recipe(), tmp_path)
+        recorder = with_graphs(engine, most)
+        found = advance(run, engine, 5)
+        return [exact, found, recorder.replays, len(engine._graphs._graphs)]
+
+    exact, found, replays, graphs = run_ranks(1, work)[0]
+    assert found == exact
+    # Of six micro-batches in a step one is the first, one is shorter, four are alike.
+    assert graphs == min(most, 3) and replays >= 10
+
+
+def test_a_model_that_cannot_be_captured_trains_without_graphs(tmp_path: Path) -> None:
+    def work(rank: int) -> list[Any]:
+        import logging
+
+        run, engine = tiny.start(recipe(), tmp_path)
+        exact = advance(run, engine, 4)
+        run, engine = tiny.start(recipe(), tmp_path)
+        with_graphs(engine).fails = True
+        lines: list[str] = []
+        handler = logging.Handler()
+        handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+        logging.getLogger("loong").addHandler(handler)
+        found = advance(run, engine, 4)
+        return [exact, found, lines, engine._graphs.works]
+
+    exact, found, lines, works = run_ranks(1, work)[0]
+    assert found == exact and not works
+    assert len(lines) == 1 and "cannot be captured" in lines[0] and lines[0].endswith("stream is capturing")
+
+
+def test_units_are_compiled_one_by_one_inside_of_their_hooks(tmp_path: Path) -> None:
+    def work(rank: int) -> list[Any]:
+        import torch
+
+        from loong_core.parallel import torch_units
+        from loong_core.parallel.torch_options import TorchOptions
+
+        run, engine = tiny.start(recipe(), tmp_path, optimizer=False)
+        calls: list[str] = []
+
+        def compiled(function: Any, **settings: Any) -> Any:
+            def call(*args: Any) -> Any:
+                calls.append("compiled")
+                return function(*args)
+
+            return call
+
+        units = engine._module.units()
+        for unit in units:
+            unit.register_forward_pre_hook(lambda *_: calls.append("hook"))
+        options = TorchOptions(compile=True)
+        with mock.patch.object(torch, "compile", compiled):
+            torch_units.prepare_units(units, run.plan, options, "cuda:0")
+        engine.evaluate(tiny.batches(run)[:1])
+        names = [name for name, _ in engine._module.named_parameters()]
+        return [calls, names]
+
+    calls, names = run_ranks(1, work)[0]
+    assert calls == ["hook", "compiled"] * 2
+    assert "layers.0.norm" in names  # not renamed, as wrapping a module would
+
+
+def test_the_engine_needs_no_megatron() -> None:
+    modules = ", ".join(f"loong_core.parallel.{name}" for name in ("torch_engine", "torch_sharded"))
+    code = f"import sys, {modules}; print([name for name in sys.modules if name.startswith('megatron.')])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
