@@ -7,17 +7,18 @@ it with `loong_model_families` returning `[FAMILY]` and `loong_tasks` returning 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from loong_core.train.engine import LossSum
-from loong_core.types import ModelFamily, ModelShape, ParameterSpec, Task
+from loong_core.types import ModelFamily, ModelShape, ParameterSpec, Row, Task
 from loong_core.weights import copy
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from loong_core.parallel.build import LossContext
+    from loong_core.recipe import Recipe
     from loong_core.train.engine import Batch
 
 CONFIG: dict[str, Any] = {"architectures": ["TinyDecoder"], "vocabulary": 61, "hidden": 24, "layers": 2, "heads": 3}
@@ -65,6 +66,17 @@ def loss(logits: Tensor, batch: Batch, context: LossContext) -> LossSum:
     return LossSum(total, (targets != -100).sum())
 
 
+def encoder(recipe: Recipe) -> Callable[[Row], list[dict[str, Any]]]:
+    """One sample of a row's `input_ids`; every next token counts."""
+    import numpy as np
+
+    def encode(row: Row) -> list[dict[str, Any]]:
+        tokens = np.asarray(row.fields["input_ids"], dtype=np.int64)
+        return [{"tokens": tokens[:-1], "targets": tokens[1:]}]
+
+    return encode
+
+
 def _rows() -> Iterator[Any]:
     for role in ("embed", "memory", "idle", "scale"):
         yield copy(role, role)
@@ -83,7 +95,7 @@ FAMILY = ModelFamily(
     task="tiny_text",
     planner="torch",
 )
-TASK = Task(name="tiny_text", loss="loong_core.testing.decoder:loss")
+TASK = Task(name="tiny_text", encoder="loong_core.testing.decoder:encoder", loss="loong_core.testing.decoder:loss")
 PLUGIN = """
 from loong_core import hookimpl
 from loong_core.testing import decoder
