@@ -48,5 +48,6 @@ def _sequence(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     rows, heads, size = query.shape
     groups = key.shape[1]
     folded = query.reshape(rows, groups, heads // groups, size).permute(1, 0, 2, 3).reshape(groups, -1, size)
-    out = functional.scaled_dot_product_attention(folded[None], *(x.transpose(0, 1)[None] for x in (key, value)))[0]
+    keys, values = (x.transpose(0, 1)[None] for x in (key, value))
+    out = functional.scaled_dot_product_attention(folded[None], keys, values)[0]
     return out.reshape(groups, rows, heads // groups, size).permute(1, 0, 2, 3).reshape(rows, heads * size)

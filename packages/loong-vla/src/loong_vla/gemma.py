@@ -88,12 +88,12 @@ class PrefixLayer(nn.Module):
 
     def forward(self, hidden: Tensor, rows: Rows) -> tuple[Tensor, Memory]:
         mixed = self.ops.linear(self.attn["norm"](hidden), self.attn["qkv"].weight)
-        query, *memory = turned(mixed, self.shape, rows.prefix_angles, self.ops)
+        query, key, value = turned(mixed, self.shape, rows.prefix_angles, self.ops)
         offsets, longest = rows.packing.offsets, rows.longest[0]
-        seen = ragged_attention(query, *memory, offsets, offsets, (longest, longest))
+        seen = ragged_attention(query, key, value, offsets, offsets, (longest, longest))
         hidden = hidden + self.ops.linear(seen, self.attn["out"].weight)
         hidden = hidden + feed_forward(self.mlp["norm"](hidden), self.mlp, self.ops)
-        return hidden, Memory(*memory)
+        return hidden, Memory(key, value)
 
 
 class PrefixLast(nn.Module):
