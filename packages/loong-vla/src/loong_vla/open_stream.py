@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from loong_core.errors import DataError, RecipeError
 from loong_core.recipe import TrainTokenizer
-from loong_vla import prompts
+from loong_vla import groot_packing, packing, prompts
 from loong_vla.check import chosen, feature_problems
 from loong_vla.families import Policy, needed, processing
 from loong_vla.lerobot import statistics as computing
@@ -28,6 +28,9 @@ from loong_vla.stream import Cut, Part, RobotStream
 from loong_vla.tasks import FlowOptions
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from loong_core.train.engine import Batch
     from loong_core.train.run import Run
 
 logger = logging.getLogger(__name__)
@@ -87,12 +90,21 @@ def open_stream(run: Run, replica: int) -> RobotStream:
         eval_batches=data.eval.batches if data.eval is not None else 0,
         pinned=run.device.startswith("cuda"),
         fields=run.shape.fields,
+        pack=packer(run),
         identity=json.loads(json.dumps(identity)),
     )
     if run.is_main:
         _say(use, train, evaluation)
         save_statistics(run.folder, use, settings)
     return stream
+
+
+def packer(run: Run) -> Callable[[Batch], dict[str, Tensor]]:
+    """What the run's model computes of a batch on the CPU, as its `packing` does."""
+    fields = run.shape.fields
+    if run.family.name.startswith("groot"):
+        return lambda batch: groot_packing.pack(batch, fields)
+    return lambda batch: packing.pack(batch, fields["image_tokens"], skip_padding=fields["skip_padding"])
 
 
 def samples_of(dataset: Dataset, episodes: Sequence[Episode], use: Processing) -> Samples:

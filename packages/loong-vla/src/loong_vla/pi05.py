@@ -103,7 +103,10 @@ class Pi05(nn.Module):
             yield LocalParameter(specs[role], parameter)
 
     def packing(self, batch: Batch) -> dict[str, Tensor]:
-        """What to add to a batch on the CPU (`loong_vla.packing.pack`), so that the device need not be waited for."""
+        """What to add to a batch on the CPU (`loong_vla.packing.pack`), so that the device need not be waited for;
+        nothing where it is there already."""
+        if packing_of(batch) is not None:
+            return {}
         return pack(batch, self.shape.fields["image_tokens"], skip_padding=self.shape.fields["skip_padding"])
 
     # ------------------------------------------------------------------------------------------------------- parts

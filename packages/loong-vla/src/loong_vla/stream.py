@@ -8,7 +8,7 @@ replaced by another sample, counted and named; past a quota the run is asked to 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -93,12 +93,14 @@ class RobotStream:
         eval_batches: int = 0,
         pinned: bool = False,
         fields: Mapping[str, Any] | None = None,
+        pack: Callable[[Batch], dict[str, Tensor]] | None = None,
         identity: Mapping[str, Any] | None = None,
     ) -> None:
         self.processing, self.train, self.held_out = processing, train, held_out
         self._cut, self._replica, self._settings, self._pinned = cut, replica, settings, pinned
         self._fields, self._identity, self._step = dict(fields or {}), dict(identity or {}), 0
         self._seen: dict[int, Seen] = {}
+        self._pack = pack
         self.eval_count = 0
         if held_out is not None:
             self.eval_count = min(eval_batches, -(-len(held_out.samples) // cut.samples))
@@ -218,7 +220,9 @@ class RobotStream:
         batches, skipped = [], []
         for batch, jobs in made:
             done = [job.result() for job in jobs]
-            batches.append({**batch, **self._together([sample for sample, _ in done])})
+            batch |= self._together([sample for sample, _ in done])
+            batch |= self._pack(batch) if self._pack is not None else {}
+            batches.append({name: self._ready(tensor) for name, tensor in batch.items()})
             skipped += [item for _, items in done for item in items]
         return batches, skipped
 
@@ -282,7 +286,11 @@ class RobotStream:
                 f"The tokenizer gives token {most}, but the model has {known} tokens. It is not the one of "
                 "this model: name the folder of its tokenizer in data.tokenizer."
             )
-        return {name: tensor.pin_memory() for name, tensor in batch.items()} if self._pinned else batch
+        return batch
+
+    def _ready(self, tensor: Tensor) -> Tensor:
+        """Where the device can fetch it by itself."""
+        return tensor.pin_memory() if self._pinned and not tensor.is_pinned() else tensor
 
     def _empty(self, shape: tuple[int, ...]) -> Tensor:
         return torch.empty(shape, dtype=torch.uint8, pin_memory=self._pinned)
