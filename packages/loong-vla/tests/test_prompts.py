@@ -80,6 +80,12 @@ def test_groot_follows_the_template_of_its_tokenizer(tokenizer: Any) -> None:
     try:
         tokens, mask = GrootPrompts(tokenizer, image, 1, 1, TASKS).tokens("Go", cameras=1)
         assert tokenizer.decode(tokens[mask]).endswith(f"{IMAGE}<|vision_end|>[go]<|im_end|>")
+        tokenizer.chat_template = (
+            "{% for item in messages[0].content %}{% if item.type == 'image' %}<image-1>{% else %}{{ item.text }}"
+            "{% endif %}{% endfor %}"
+        )
+        tokens, mask = GrootPrompts(tokenizer, image, 2, 1, TASKS).tokens("Go", cameras=1)
+        assert tokenizer.decode(tokens[mask]) == f"{START}<image 1><img>{IMAGE * 2}</img>go"
         tokenizer.chat_template = "{{ messages[0].role }}"
         with pytest.raises(DataError, match=r"makes 0 image tokens .* with 1 images"):
             GrootPrompts(tokenizer, image, 1, 1, TASKS)

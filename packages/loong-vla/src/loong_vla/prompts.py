@@ -7,6 +7,7 @@ hundred tokens can be trained for policies that begin from nothing.
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterable, Sequence
@@ -26,6 +27,7 @@ SPECIAL = (PAD, START, TURN, END_OF_TURN, SEE, SEEN, IMAGE)
 """Special tokens of a tokenizer that `train` makes, in the order of their numbers."""
 DEFAULT_TASK = "Perform the task."
 """What GR00T is told where a dataset has no instruction, as in LeRobot."""
+_PLACE = re.compile(r"<image-(\d+)>")
 _EDGES = np.linspace(-1, 1, 256 + 1)[:-1]
 
 
@@ -123,11 +125,12 @@ class GrootPrompts:
         return tuple(result)
 
     def _turn(self, text: str, cameras: int) -> str:
+        image = self._tokenizer.convert_ids_to_tokens(self._image)
         if getattr(self._tokenizer, "chat_template", None):
             content = [*[{"type": "image"}] * cameras, {"type": "text", "text": text}]
             rendered: str = self._tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
-            return rendered
-        image = self._tokenizer.convert_ids_to_tokens(self._image)
+            # Eagle's template (GR00T N1.6) leaves numbered places, which its processor fills with marks and a label.
+            return _PLACE.sub(lambda found: f"<image {found[1]}><img>{image}</img>", rendered)
         images = f"{SEE}{image}{SEEN}" * cameras
         return f"{TURN}user\n{images}{text}{END_OF_TURN}\n"
 
