@@ -189,6 +189,25 @@ def test_dropout_depends_on_seed_step_and_rank_alone(tmp_path: Path) -> None:
     assert first == again and len({first, second, without}) == 3
 
 
+def test_what_may_be_sliced() -> None:
+    def work(rank: int) -> list[str]:
+        import torch
+        from torch import nn
+
+        from loong_core.parallel.torch_sharded import fits
+
+        model = nn.ModuleDict({name: nn.Linear(3, 3, bias=False) for name in ("a", "b", "c", "d", "e")})
+        model["b"].weight = model["a"].weight  # in two units
+        model.register_parameter("tied", model["c"].weight)  # in a unit and outside
+        model.register_parameter("scalar", nn.Parameter(torch.ones(())))
+        model["d"].double()
+        model.register_parameter("outside", nn.Parameter(torch.ones(2)))
+        taken = fits(model, [model[name] for name in "abcd"], torch.float32)
+        return sorted(name for name, parameter in model.named_parameters() if parameter in taken)
+
+    assert run_ranks(1, work)[0] == ["e.weight", "outside"]
+
+
 # --------------------------------------------------------------------------------------------------------- resuming
 def resumed(rank: int, names: list[str], folder: Path) -> dict[str, Any]:
     found = {}

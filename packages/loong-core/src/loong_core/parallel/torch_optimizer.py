@@ -109,7 +109,9 @@ class TorchAdamW(AdamW):
 
 
 def whole(pieces: Sequence[tuple[int, Tensor]], like: Tensor) -> Tensor:
-    """Flat float32 `like` with `pieces` (offset, values) in their places."""
+    """Flat float32 `like` with `pieces` (offset, values) in their places; a piece that is all of it, where it is."""
+    if len(pieces) == 1 and pieces[0][1].numel() == like.numel():
+        return pieces[0][1].float().reshape(-1)
     flat = like.detach().float().flatten().clone()
     for offset, values in pieces:
         flat[offset : offset + values.numel()] = values.to(flat.device).flatten()

@@ -157,10 +157,10 @@ def fits(module: nn.Module, units: Sequence[nn.Module], dtype: torch.dtype) -> s
         for parameter in unit.parameters():
             if owner.setdefault(parameter, index) != index:
                 several.add(parameter)
-    for module_, name in _places(module):
-        parameter = getattr(module_, name)
-        inside = any(module_ is part for unit in units for part in unit.modules())
-        if not inside and parameter in owner:
+    inside = {part for unit in units for part in unit.modules()}
+    for place, name in _places(module):
+        parameter = getattr(place, name)
+        if place not in inside and parameter in owner:
             several.add(parameter)
     return {p for p in module.parameters() if p.dtype == dtype and p.dim() and p not in several}
 
