@@ -28,7 +28,7 @@ SHARDS: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module", autouse=True)
 def offered(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """The decoder as a plugin."""
-    path = tmp_path_factory.mktemp("plugin") / "tiny_decoder_plugin.py"
+    path = tmp_path_factory.mktemp("plugin") / "tiny_decoder_for_engine.py"
     path.write_text(decoder.PLUGIN)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LOONG_PLUGIN_FILES", str(path))

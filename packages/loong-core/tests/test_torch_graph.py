@@ -20,7 +20,7 @@ from loong_core.testing.ranks import run_ranks
 @pytest.fixture(scope="module", autouse=True)
 def offered(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """The decoder as a plugin."""
-    path = tmp_path_factory.mktemp("plugin") / "tiny_decoder_plugin.py"
+    path = tmp_path_factory.mktemp("plugin") / "tiny_decoder_for_graphs.py"
     path.write_text(decoder.PLUGIN)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LOONG_PLUGIN_FILES", str(path))
