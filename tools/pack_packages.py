@@ -1,6 +1,6 @@
 """Pack installed packages, without what they depend on, into one archive for a machine without a network.
 
-    PYTHON tools/pack_packages.py ARCHIVE.tar.xz NAME ...
+    PYTHON tools/pack_packages.py ARCHIVE.tar.gz NAME ...
 
 Run it with the interpreter that has them; unpack the archive there and put the folder on PYTHONPATH. Python's caches
 and the packages' own tests stay behind.
@@ -36,7 +36,7 @@ def main() -> int:
     except PackageNotFoundError as error:
         print(f"error: {error.name} is not installed for {sys.executable}", file=sys.stderr)
         return 1
-    with tarfile.open(options.archive, "w:xz") as archive:
+    with tarfile.open(options.archive, "w:gz" if options.archive.suffix == ".gz" else "w:xz") as archive:
         for package in packages:
             for path, name in files(package):
                 if path.is_file():
