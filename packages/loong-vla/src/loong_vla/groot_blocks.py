@@ -38,9 +38,10 @@ class Block(nn.Module):
     def forward(self, x: Tensor, angles: tuple[Tensor, Tensor] | None = None, keys: Tensor | None = None) -> Tensor:
         rate = self.dropout if self.training else 0.0
         mixed = functional.linear(norm(x, self.norm1, self.norm1_bias, self.epsilon), self.qkv, self.qkv_bias)
-        query, key, value = heads_first(mixed, 3, self.heads)
+        parts = heads_first(mixed, 3, self.heads)
+        query, key, value = parts.unbind(0)
         if angles is not None:
-            query, key = turned(query, *angles), turned(key, *angles)
+            query, key = turned(parts[:2], *angles).unbind(0)
         seen = attend(query, key, value, keys)
         x = x + dropped(functional.linear(seen, self.out, self.out_bias), twice(rate))
         inner = functional.linear(norm(x, self.norm2, self.norm2_bias, self.epsilon), self.up, self.up_bias)
@@ -53,10 +54,10 @@ def norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, epsilon: float) 
     return functional.layer_norm(x, x.shape[-1:], weight, bias, epsilon)
 
 
-def heads_first(mixed: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
-    """[b,s,parts*h*d] -> `parts` views [b,h,s,d]."""
+def heads_first(mixed: Tensor, parts: int, heads: int) -> Tensor:
+    """[b,s,parts*h*d] -> a view [parts,b,h,s,d]."""
     b, s, _ = mixed.shape
-    return mixed.view(b, s, parts, heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+    return mixed.view(b, s, parts, heads, -1).permute(2, 0, 3, 1, 4)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, keys: Tensor | None) -> Tensor:
@@ -67,7 +68,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, keys: Tensor | None) -> Te
 
 
 def turned(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """x [b,h,s,d] rotated in pairs (i, i + d/2), computed in float32; cosine and sine [s,d]."""
+    """x [...,s,d] rotated in pairs (i, i + d/2), computed in float32; cosine and sine [s,d]."""
     wide = x.float()
     first, second = wide.chunk(2, dim=-1)
     return (wide * cosine + torch.cat((-second, first), dim=-1) * sine).to(x.dtype)

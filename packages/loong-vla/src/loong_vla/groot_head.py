@@ -82,7 +82,7 @@ class DiffusionBlock(nn.Module):
         rate = self.dropout if self.training else 0.0
         normal = modulated(norm(x, None, None, EPSILON), scale, shift)
         if pair is None:
-            query, key, value = heads_first(functional.linear(normal, self.qkv, self.qkv_bias), 3, self.heads)
+            query, key, value = heads_first(functional.linear(normal, self.qkv, self.qkv_bias), 3, self.heads).unbind(0)
         else:
             (query,) = heads_first(functional.linear(normal, self.q, self.q_bias), 1, self.heads)
             key, value = pair
