@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from loong_core.testing.ranks import RankError
 from loong_core.testing.training import run_training
 from loong_vla.lerobot.generate import generate
 
@@ -73,3 +74,32 @@ def test_two_ranks_train_as_one(name: str, data: Path, tmp_path: Path) -> None:
         assert shared["loss"] == pytest.approx(alone["loss"], rel=2e-4)
         assert shared["grad_norm"] == pytest.approx(alone["grad_norm"], rel=2e-3)
     assert two[-1]["eval_loss"] == pytest.approx(one[-1]["eval_loss"], rel=2e-3)
+
+
+VIDEOS_VANISH = """
+from pathlib import Path
+from loong_core.hookspecs import hookimpl
+
+@hookimpl
+def loong_run_start(run):
+    for path in Path({root!r}).glob("videos/*/chunk-000/file-002.mp4"):
+        path.unlink(missing_ok=True)
+"""
+
+
+def test_past_its_quota_of_broken_frames_a_run_stops_with_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = generate(tmp_path / "set", episodes=4, frames=20, episodes_per_file=1).root
+    (tmp_path / "vanish.py").write_text(VIDEOS_VANISH.format(root=str(root)))
+    monkeypatch.setenv("LOONG_PLUGIN_FILES", str(tmp_path / "vanish.py"))
+    recipe = recipe_for("pi05_tiny_cpu", root)
+    recipe["data"] |= {"eval": None, "options": {"skip_quota": 4}}
+    with pytest.raises(RankError, match=r"6 samples could not be decoded(.|\n)*skip_quota: 4 allows(.|\n)*episode 2"):
+        run_training(tmp_path / "runs", recipe)
+    (metrics,) = tmp_path.glob("runs/*/metrics.jsonl")
+    stopped = len(metrics.read_text().splitlines())
+    saved = [path.name for path in metrics.parent.glob("checkpoints/step-*")]
+    assert stopped < 10 and saved == [f"step-{stopped:08d}"]
+    (log,) = metrics.parent.glob("logs/rank-0000.log")
+    assert log.read_text().count("Another sample takes its place") == 6

@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import lru_cache
 from threading import Lock
 
 import numpy as np
@@ -81,8 +82,7 @@ class Draws:
 
     def uniform(self, position: int, count: int, purpose: str) -> np.ndarray:
         """`count` numbers in (0, 1), float64."""
-        name = hashlib.sha256(f"{self._purpose} {purpose}".encode()).digest()
-        key = np.array([self._seed, int.from_bytes(name[:8], "little")], dtype=np.uint64)
+        key = np.array([self._seed, _number(f"{self._purpose} {purpose}")], dtype=np.uint64)
         counter = np.array([0, position, 0, 0], dtype=np.uint64)
         raw = np.random.Philox(key=key, counter=counter).random_raw(count)
         return (np.asarray(raw >> np.uint64(11), np.float64) + 0.5) * 2.0**-53
@@ -93,6 +93,12 @@ class Draws:
         first, second = self.uniform(position, 2 * half, purpose).reshape(2, half)
         radius, angle = np.sqrt(-2 * np.log(first)), 2 * np.pi * second
         return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:count].astype(np.float32)
+
+
+@lru_cache(256)
+def _number(name: str) -> int:
+    """64 bits that differ from those of other names."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
 
 
 def held_out(episodes: Sequence[int], lengths: Sequence[int], fraction: float, seed: int) -> tuple[set[int], set[int]]:

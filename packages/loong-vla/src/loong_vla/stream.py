@@ -140,15 +140,16 @@ class RobotStream:
         last, quota = self.skipped[-1], self._settings.skip_quota
         return (
             f"{len(self.skipped)} samples could not be decoded, more than data.options.skip_quota: {quota} allows; the "
-            f"last was episode {last.episode}, frame {last.frame}: {last.reason} `loong data check` finds them all; "
-            "leave their episodes out in data.options.episodes."
+            f"last was frame {last.frame} of {last.reason} `loong data check` finds them all; leave their episodes out "
+            "in data.options.episodes."
         )
 
     def _report(self, skipped: Sequence[Skipped]) -> None:
         for item in skipped:
             self.skipped.append(item)
-            place = f"{item.reason.rstrip('.')} (frame {item.frame} of episode {item.episode})"
-            logger.warning("%s. Another sample takes its place (%d so far).", place, len(self.skipped))
+            logger.warning(
+                "frame %d of %s Another sample takes its place (%d so far).", item.frame, item.reason, len(self.skipped)
+            )
 
     # ------------------------------------------------------------------------------------------------------ counts
     def samples(self, step: int) -> int:
