@@ -381,7 +381,8 @@ def test_the_client_of_the_docs(folder: Path, tmp_path: Path) -> None:
     """`loong serve` as a program, the script of the page as another, and the end by a signal."""
     environment = {**os.environ, "LOONG_SERVE_TOKEN": "a-token-from-outside"}
     words = [sys.executable, "-m", "loong_core", "serve", str(folder), "--port", "0", "--backend", "cpu", "--json"]
-    server = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    pipe = subprocess.PIPE
+    server = subprocess.Popen(words, stdout=pipe, stderr=pipe, text=True, env=environment)
     try:
         assert server.stdout is not None
         line = server.stdout.readline()
@@ -403,4 +404,4 @@ def test_the_client_of_the_docs(folder: Path, tmp_path: Path) -> None:
         assert server.returncode == 0 and "Traceback" not in errors, errors
     finally:
         server.kill()
-        server.wait()
+        server.communicate()

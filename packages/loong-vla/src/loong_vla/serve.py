@@ -235,9 +235,7 @@ class PolicyServer:
                 raise Refused("timeout", f"not acted on within {limits.patience:g} s") from None
             try:
                 began = time.perf_counter()
-                work = asyncio.get_running_loop().run_in_executor(self._worker, act)
-                # Shielded: a client that leaves must not hand the turn on while the policy is still at work.
-                found = await _to_its_end(work)
+                found = await asyncio.get_running_loop().run_in_executor(self._worker, act)
                 return found, time.perf_counter() - began
             except DataError as error:
                 raise Refused("bad_observation", " ".join(error.problems)) from None
@@ -245,15 +243,6 @@ class PolicyServer:
                 self._turn.release()
         finally:
             self._pending -= 1
-
-
-async def _to_its_end(work: asyncio.Future[Any]) -> Any:
-    """Wait for `work`, which cannot be interrupted, even if the waiting is; then be interrupted."""
-    try:
-        return await asyncio.shield(work)
-    except asyncio.CancelledError:
-        await asyncio.wait([work])
-        raise
 
 
 def _identity(header: dict[str, Any]) -> Any:
@@ -280,6 +269,7 @@ def is_loopback(host: str) -> bool:
 async def run(policy: Policy, host: str, port: int, token: str, limits: Limits, ready: Callable[[int], None]) -> None:
     """Serve until SIGINT or SIGTERM; `ready(port)` is called once clients may connect."""
     server = PolicyServer(policy, token, limits)
+    logging.getLogger("websockets.server").setLevel(logging.CRITICAL)  # a traceback for every port scan
     ended = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
