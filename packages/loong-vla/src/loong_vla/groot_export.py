@@ -36,7 +36,7 @@ AFTER_STATE = f"{AFTER}_step_0_groot_action_unpack_unnormalize_v2.safetensors"
 SMALL = 64_000_000
 
 Bounds = Mapping[str, Mapping[str, list[float]]]
-"""`state` and `action` -> `min` and `max` -> numbers."""
+"""`state` and `action` -> `min` and `max`, and `mean` and `std` where they are known -> numbers."""
 
 
 def sidecars(run: Run, files: dict[str, bytes]) -> dict[str, bytes]:
@@ -61,8 +61,14 @@ def sidecars(run: Run, files: dict[str, bytes]) -> dict[str, bytes]:
             config["input_features"] = {**(config.get("input_features") or {}), "observation.state": state}
             config["output_features"] = {"action": {"type": "ACTION", "shape": [sizes["action"]]}}
             found |= processors(config, run.shape.fields, bounds, assets)
-        elif assets.name is not None:
-            found |= robot_files(found, assets.name, bounds, run.shape.fields["horizon"])
+        elif (name := assets.name or _named(assets.embodiment, found)) is not None:
+            found |= robot_files(found, name, bounds, run.shape.fields["horizon"])
+        else:
+            logger.warning(
+                "Slot %d has no name in embodiment_id.json, so the export holds no statistics of it: LeRobot takes "
+                "those of the dataset. Set data.options.embodiment to a name to have them.",
+                assets.embodiment,
+            )
     if is_policy:
         found["config.json"] = _json(config)
     return found
@@ -87,8 +93,7 @@ def robot_files(files: Mapping[str, bytes], name: str, bounds: Bounds, horizon: 
     statistics, processor = (_object(files, file) for file in (STATISTICS, PROCESSOR))
     # A base model may scale by quantiles. What the run scaled by stands for either.
     groups = {
-        key: {key: {**entry, "q01": entry["min"], "q99": entry["max"], "mean": _middle(entry), "std": _half(entry)}}
-        for key, entry in bounds.items()
+        key: {key: {**_required(entry), "q01": entry["min"], "q99": entry["max"]}} for key, entry in bounds.items()
     }
     settings = processor.setdefault("processor_kwargs", {})
     absolute = {"rep": "absolute", "type": "non_eef", "format": "default"}
@@ -174,11 +179,25 @@ def _learnt(run: Run) -> tuple[Bounds, Assets] | None:
     return _bounds(run.folder / STATISTICS, settings), assets
 
 
+def _named(slot: int, files: Mapping[str, bytes]) -> str | None:
+    """The name under which LeRobot finds a slot: the one for new robots, or the only one."""
+    table = {**EMBODIMENTS, **_object(files, "embodiment_id.json")}
+    names = [name for name, number in table.items() if number == slot]
+    return "new_embodiment" if "new_embodiment" in names else names[0] if len(names) == 1 else None
+
+
 def _bounds(path: Path, settings: RobotOptions) -> Bounds:
     try:
         content = json.loads(path.read_bytes())
         named = {"state": content[settings.state], "action": content[settings.action]}
-        return {key: {name: list(entry[name]) for name in ("min", "max")} for key, entry in named.items()}
+        return {
+            key: {
+                name: list(entry[name])
+                for name in ("min", "max", "mean", "std")
+                if name in ("min", "max") or name in entry
+            }
+            for key, entry in named.items()
+        }
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(
             f"{path} cannot be read as statistics of {settings.state} and {settings.action} ({error!r}). Start the run "
@@ -186,12 +205,11 @@ def _bounds(path: Path, settings: RobotOptions) -> Bounds:
         ) from error
 
 
-def _middle(entry: Mapping[str, list[float]]) -> list[float]:
-    return [(low + high) / 2 for low, high in zip(entry["min"], entry["max"], strict=True)]
-
-
-def _half(entry: Mapping[str, list[float]]) -> list[float]:
-    return [(high - low) / 2 for low, high in zip(entry["min"], entry["max"], strict=True)]
+def _required(entry: Mapping[str, list[float]]) -> dict[str, list[float]]:
+    """LeRobot refuses groups without mean and standard deviation, though it scales by bounds alone: where the run knows
+    none, the middle and half of the range stand in."""
+    ends = list(zip(entry["min"], entry["max"], strict=True))
+    return {"mean": [(a + b) / 2 for a, b in ends], "std": [(b - a) / 2 for a, b in ends], **entry}
 
 
 def _object(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
