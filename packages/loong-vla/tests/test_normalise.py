@@ -51,6 +51,14 @@ def test_zero_range_says_nothing_and_comes_back_as_the_constant() -> None:
     assert found.backward(np.array([0.0, 0.0, 0.3]))[2] == 5.0
 
 
+def test_quantiles_of_a_constant_are_no_range() -> None:
+    """The histogram's quantiles of equal numbers differ in the tenth digit, and in float32 by its last bit."""
+    low, high = 0.3, float(np.nextafter(np.float32(0.3), np.float32(1)))
+    found = normaliser("quantiles", {"action": {"q01": [low, -1.0], "q99": [high, 1.0]}}, "action", 2, "set")
+    assert found.zero_range() == [0]
+    np.testing.assert_array_equal(found.forward(np.array([0.9, 0.5])), np.float32([-1.0, 0.5]))
+
+
 def test_clip_keeps_both_directions_inside() -> None:
     found = made("min_max", clip=True)
     np.testing.assert_array_equal(found.forward(np.array([9.0, -9.0, 5.0]))[:2], [1.0, -1.0])

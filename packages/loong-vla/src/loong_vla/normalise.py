@@ -53,9 +53,9 @@ class Normaliser:
         low, high = self._bounds(x)
         if self.mode == "mean_std":
             return (x - low) / (high + _EPSILON)
-        spread = high - low
-        y = np.float32(2) * (x - low) / np.where(spread == 0, np.float32(1), spread) - np.float32(1)
-        y = np.where(spread == 0, np.float32(self.flat), y)
+        still = _still(low, high)
+        y = np.float32(2) * (x - low) / np.where(still, np.float32(1), high - low) - np.float32(1)
+        y = np.where(still, np.float32(self.flat), y)
         return np.clip(y, -1, 1) if self.clip else y
 
     def backward(self, y: np.ndarray) -> np.ndarray:
@@ -79,8 +79,15 @@ class Normaliser:
         """Numbers of the elements that no normalised value can tell apart."""
         if self.mode == "identity":
             return []
-        spread = self.high if self.mode == "mean_std" else self.high - self.low
-        return np.flatnonzero((spread == 0).reshape(-1, spread.shape[-1]).any(0)).tolist()
+        still = self.high == 0 if self.mode == "mean_std" else _still(self.low, self.high)
+        return np.flatnonzero(still.reshape(-1, still.shape[-1]).any(0)).tolist()
+
+
+def _still(low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """Where a range is none: quantiles of equal numbers lie up to 1e-10 apart, which float32 may round away from each
+    other."""
+    size = np.maximum(1.0, np.maximum(np.abs(low), np.abs(high)))
+    return high - low <= 4 * np.finfo(np.float32).eps * size
 
 
 def normaliser(
