@@ -68,7 +68,7 @@ def opened(data: Dataset, tmp_path: Path) -> Iterator[Open]:
         shape = ModelShape(family=family, fields=fields, layers=1, hidden=8, parameters=(), vocabulary=320)
         run: Any = SimpleNamespace(
             recipe=recipe,
-            plan=SimpleNamespace(dp=dp, micro_batch=micro_batch, micro_batches=micro_batches),
+            plan=SimpleNamespace(dp=dp, micro_batch=micro_batch, micro_batches=micro_batches, recompute="none"),
             shape=shape,
             family=SimpleNamespace(name=family),
             config=config or {},

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from loong_core.types import ModelFamily, ModelShape
-from loong_vla.flops import IDLE, Seen, forward, training
+from loong_vla.flops import IDLE, Seen, forward, repeated, training
 from loong_vla.models.groot import GROOT_N17, n17_presets
 from loong_vla.models.groot_n16 import GROOT_N16
 from loong_vla.models.groot_n16 import presets as n16_presets
@@ -78,3 +78,14 @@ def test_nothing_is_spent_on_what_is_not_there(pi05: Mapping[str, Any]) -> None:
     parts = forward(pi05, Seen(0, 0))
     assert parts["vision"] == parts["prefix"] == parts[IDLE] == 0
     assert parts["expert"] > 0
+
+
+def test_recomputation_is_one_more_forward_pass_of_what_is_trained(
+    pi05: Mapping[str, Any], n17: Mapping[str, Any]
+) -> None:
+    seen = Seen(2, 40)
+    for fields in (pi05, n17):
+        useful = sum(value for part, value in forward(fields, seen).items() if part != IDLE)
+        # Forward once and backward twice for what is trained; forward alone for the rest.
+        assert repeated(fields, seen) == pytest.approx((training(fields, seen) - useful) / 2)
+        assert 0 < repeated(fields, seen) <= useful

@@ -32,6 +32,12 @@ def training(fields: Fields, seen: Seen) -> float:
     return sum(part.forward + 2 * part.trained for part in parts)
 
 
+def repeated(fields: Fields, seen: Seen) -> float:
+    """FLOPs that `parallel.recompute: full` adds to `training`: once more forward through all that has a backward pass.
+    The few layers outside of the repeated blocks are counted with them."""
+    return sum(part.trained for name, part in _parts(fields, seen).items() if name != IDLE)
+
+
 class _Part(NamedTuple):
     """Forward FLOPs, and how many of them have a backward pass."""
 

@@ -88,6 +88,7 @@ def open_stream(run: Run, replica: int) -> RobotStream:
         settings=settings,
         threads=threads,
         eval_batches=data.eval.batches if data.eval is not None else 0,
+        recompute=run.plan.recompute == "full",
         pinned=run.device.startswith("cuda"),
         fields=run.shape.fields,
         pack=packer(run),

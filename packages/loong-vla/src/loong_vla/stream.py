@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from loong_core.errors import DataError
-from loong_vla.flops import Seen, training
+from loong_vla.flops import Seen, repeated, training
 from loong_vla.images import DRAWS
 from loong_vla.lerobot.video import FrameError, FrameReader
 from loong_vla.sequence import Draws, Order, Samples
@@ -91,6 +91,7 @@ class RobotStream:
         settings: RobotOptions,
         threads: int = 1,
         eval_batches: int = 0,
+        recompute: bool = False,
         pinned: bool = False,
         fields: Mapping[str, Any] | None = None,
         pack: Callable[[Batch], dict[str, Tensor]] | None = None,
@@ -100,6 +101,7 @@ class RobotStream:
         self._cut, self._replica, self._settings, self._pinned = cut, replica, settings, pinned
         self._fields, self._identity, self._step = dict(fields or {}), dict(identity or {}), 0
         self._seen: dict[int, Seen] = {}
+        self._recompute = recompute
         self._pack = pack
         self.eval_count = 0
         if held_out is not None:
@@ -168,8 +170,9 @@ class RobotStream:
         return None if seen is None else training(self._fields, seen) * self._cut.samples
 
     def recomputed(self, step: int) -> float:
-        """None that are known."""
-        return 0.0
+        """FLOPs of the step last asked for that `parallel.recompute` does a second time, by the same formula."""
+        seen = self._seen.get(step)
+        return 0.0 if seen is None or not self._recompute else repeated(self._fields, seen) * self._cut.samples
 
     # ------------------------------------------------------------------------------------------------------- state
     def state(self) -> dict[str, Any]:
