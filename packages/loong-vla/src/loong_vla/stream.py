@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from loong_core.train.engine import Batch
     from loong_core.train.run import Run
-    from loong_vla.lerobot.layout import Dataset
+    from loong_vla.lerobot.layout import Dataset, Episode
     from loong_vla.options import RobotOptions
     from loong_vla.processing import Processing
 
@@ -38,11 +38,12 @@ TRIES = 32
 
 
 class Skipped(NamedTuple):
-    """A sample that was replaced: its place, and why."""
+    """A sample that was replaced: its place, and why; or the last of `TRIES`, which nothing replaced."""
 
     episode: int
     frame: int
     reason: str
+    last: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +137,12 @@ class RobotStream:
         return made
 
     def problem(self) -> str | None:
-        """Too many samples were replaced."""
+        """Too many samples were replaced, or none was found to replace one."""
+        if found := next((item for item in self.skipped if item.last), None):
+            return (
+                f"{TRIES} samples in a row could not be decoded; the last was frame {found.frame} of {found.reason} "
+                "`loong data check` says what is wrong with the dataset."
+            )
         if len(self.skipped) <= self._settings.skip_quota:
             return None
         last, quota = self.skipped[-1], self._settings.skip_quota
@@ -149,9 +155,8 @@ class RobotStream:
     def _report(self, skipped: Sequence[Skipped]) -> None:
         for item in skipped:
             self.skipped.append(item)
-            logger.warning(
-                "frame %d of %s Another sample takes its place (%d so far).", item.frame, item.reason, len(self.skipped)
-            )
+            place = "Nothing takes its place" if item.last else "Another sample takes its place"
+            logger.warning("frame %d of %s %s (%d so far).", item.frame, item.reason, place, len(self.skipped))
 
     # ------------------------------------------------------------------------------------------------------ counts
     def samples(self, step: int) -> int:
@@ -239,24 +244,24 @@ class RobotStream:
             try:
                 return self._made(part, position, episode, frame, pixels), skipped
             except FrameError as error:
-                skipped.append(Skipped(episode, frame, str(error)))
+                skipped.append(Skipped(episode, frame, str(error), attempt + 1 == TRIES))
             number = int(part.draws.uniform(position, 1, f"again {attempt}")[0] * len(part.samples))
-        raise DataError(
-            f"`{part.dataset.root}`: {TRIES} samples in a row could not be decoded; the last: {skipped[-1].reason} "
-            "`loong data check` says what is wrong with the dataset."
-        )
+        # Raising here would leave the other ranks waiting: the step is done with a sample that counts nothing.
+        pixels[:] = 0
+        sample = self._made(part, position, episode, frame, None)
+        sample["action_mask"] = np.zeros_like(sample["action_mask"])
+        return sample, skipped
 
-    def _made(self, part: Part, position: int, number: int, frame: int, pixels: np.ndarray) -> dict[str, np.ndarray]:
+    def _made(
+        self, part: Part, position: int, number: int, frame: int, pixels: np.ndarray | None
+    ) -> dict[str, np.ndarray]:
+        """The sample that begins at a frame, with the random numbers of `position`; its images where `pixels` is."""
         use, settings, draws = self.processing, self._settings, part.draws
         episode = part.dataset.episode(number)
         where = draws.uniform(position, 4, "place")
         crop = (float(where[0]), float(where[1])) if use.random_crop and not part.once else None
-        for row, camera in enumerate(use.cameras):
-            if camera.feature is None:
-                pixels[row] = 0
-            else:
-                image = part.reader.frames(episode, camera.feature, [frame])[0]
-                pixels[row] = use.image(image, camera.feature, crop)
+        if pixels is not None:
+            self._look(part, episode, frame, crop, pixels)
         names = [settings.state, settings.action]
         state = part.dataset.columns(episode, names[:1], frame, frame + 1)[names[0]].reshape(-1)
         stop = min(frame + use.steps, episode.length)
@@ -275,6 +280,17 @@ class RobotStream:
             changes = np.concatenate([drawn.reshape(len(use.cameras), -1), wrist], axis=1)
             sample["augmentation"] = changes.astype(np.float32)
         return sample
+
+    def _look(
+        self, part: Part, episode: Episode, frame: int, crop: tuple[float, float] | None, pixels: np.ndarray
+    ) -> None:
+        """Write what the cameras see to `pixels` [c,y,x,3]; raises `FrameError`."""
+        for row, camera in enumerate(self.processing.cameras):
+            if camera.feature is None:
+                pixels[row] = 0
+            else:
+                image = part.reader.frames(episode, camera.feature, [frame])[0]
+                pixels[row] = self.processing.image(image, camera.feature, crop)
 
     def _together(self, samples: Sequence[dict[str, np.ndarray]]) -> dict[str, Tensor]:
         """Samples as tensors with a batch axis; prompts of different length are padded by the longest's."""
