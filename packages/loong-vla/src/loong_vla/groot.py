@@ -52,7 +52,7 @@ class Groot(nn.Module):
         self.llm = Language(fields, ops, first)
         self.refiner = Refiner(fields)
         self.slots = Embodiments(fields["slots"], fields["embodiments"])
-        self.dit = Diffusion(fields)
+        self.dit = Diffusion(fields, ops)
 
     def forward(self, batch: Batch) -> Tensor:
         """The velocity [b,h,a] in float32 at x = (1 - time) * noise + time * actions."""

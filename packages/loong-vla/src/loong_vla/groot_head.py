@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
+from loong_core.ops import Ops
 from loong_vla.groot_blocks import Block, attend, dropped, heads_first, norm, twice
 from loong_vla.groot_parameters import cross_blocks
 
@@ -67,9 +68,9 @@ class DiffusionBlock(nn.Module):
     down: Tensor
     down_bias: Tensor
 
-    def __init__(self, heads: int, dropout: float) -> None:
+    def __init__(self, heads: int, dropout: float, ops: Ops) -> None:
         super().__init__()
-        self.heads, self.dropout = heads, dropout
+        self.heads, self.dropout, self._norm = heads, dropout, ops.layer_norm_modulate
 
     def forward(
         self,
@@ -79,8 +80,9 @@ class DiffusionBlock(nn.Module):
         pair: tuple[Tensor, Tensor] | None = None,
         seen: Tensor | None = None,
     ) -> Tensor:
+        """`scale` and `shift` [b,n] are those of the first norm; `pair` is the memory of an even block."""
         rate = self.dropout if self.training else 0.0
-        normal = modulated(norm(x, None, None, EPSILON), scale, shift)
+        normal = self._norm(x, scale, shift, EPSILON)
         if pair is None:
             query, key, value = heads_first(functional.linear(normal, self.qkv, self.qkv_bias), 3, self.heads).unbind(0)
         else:
@@ -109,12 +111,13 @@ class Diffusion(nn.Module):
     out: Tensor
     out_bias: Tensor
 
-    def __init__(self, fields: Mapping[str, Any]) -> None:
+    def __init__(self, fields: Mapping[str, Any], ops: Ops) -> None:
         super().__init__()
         rate = fields["dropout"] if fields["tune_diffusion"] else 0.0
+        self._norm = ops.layer_norm_modulate
         self.heads, self.waves = fields["dit_heads"], fields["time_waves"]
         self.text_blocks = set(cross_blocks(fields)[0])
-        self.layers = nn.ModuleList(DiffusionBlock(self.heads, rate) for _ in range(fields["dit_layers"]))
+        self.layers = nn.ModuleList(DiffusionBlock(self.heads, rate, ops) for _ in range(fields["dit_layers"]))
 
     def remember(
         self, text: Tensor, images: Tensor, text_seen: Tensor | None, images_seen: Tensor | None
@@ -129,7 +132,7 @@ class Diffusion(nn.Module):
         width = x.shape[-1]
         time = functional.silu(self._time(bucket, x.dtype))
         modulation = functional.linear(time, self.modulation, self.modulation_bias)
-        scales = modulation.view(x.shape[0], -1, 2, 1, width).unbind(1)
+        scales = modulation.view(x.shape[0], -1, 2, width).unbind(1)
         text, images = (iter(memory.pairs) for memory in memories)
         for index, layer in enumerate(self.layers):
             scale, shift = scales[index].unbind(1)
@@ -140,7 +143,7 @@ class Diffusion(nn.Module):
             else:
                 x = layer(x, scale, shift, next(images), memories[1].seen)
         shift, scale = scales[-1].unbind(1)  # the last one is stored the other way round
-        return functional.linear(modulated(norm(x, None, None, 1e-6), scale, shift), self.out, self.out_bias)
+        return functional.linear(self._norm(x, scale, shift, 1e-6), self.out, self.out_bias)
 
     def _time(self, bucket: Tensor, dtype: torch.dtype) -> Tensor:
         half = self.waves // 2
@@ -181,11 +184,6 @@ class Embodiments(nn.ModuleList):
         pick = functional.one_hot(choice, len(weights)).to(x.dtype)
         weight = (pick @ torch.stack(weights).flatten(1)).view(-1, *weights[0].shape)
         return torch.baddbmm((pick @ torch.stack(biases))[:, None], x, weight)
-
-
-def modulated(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """x [b,s,n] scaled and shifted by [b,1,n]."""
-    return x * (1 + scale) + shift
 
 
 def sinusoids(bucket: Tensor, width: int, dtype: torch.dtype) -> Tensor:
