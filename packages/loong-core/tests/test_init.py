@@ -189,7 +189,7 @@ def test_ranks_of_a_machine_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> 
 def test_on_a_device(dtype: torch.dtype, room: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through page-locked buffers; exact values lie on the device where there is room, on the CPU otherwise."""
     if not torch.cuda.is_available():
-        pytest.skip("no GPU")
+        pytest.skip("needs a CUDA device: page-locked buffers and copies to it are what is tested")
     if not room:
         monkeypatch.setattr(init, "_free_bytes", lambda device: 100)
     large = alone(ParameterSpec(role="head", shape=(1031, 257)), dtype, "cuda")

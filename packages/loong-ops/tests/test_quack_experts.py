@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from quack_stand_ins import gemm_gated
+from quack_stand_ins import gemm_gated, needs_quack
 from torch import Tensor
 
 from loong_core.errors import Unsupported
@@ -30,10 +30,7 @@ class TestAroundTheProducts(OpContract):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(
-    importlib.util.find_spec("quack") is None or importlib.util.find_spec("cutlass") is None,
-    reason="quack-kernels and nvidia-cutlass-dsl are not installed",
-)
+@needs_quack
 class TestOnTheCard(OpContract):
     """The products as well."""
 

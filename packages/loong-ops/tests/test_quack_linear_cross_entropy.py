@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib.machinery
-import importlib.util
 import sys
 import types
 
 import pytest
 import torch
+from quack_stand_ins import needs_quack
 from torch import Tensor
 
 from loong_core.errors import Unsupported
@@ -60,10 +60,7 @@ class TestAroundTheProducts(OpContract):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(
-    importlib.util.find_spec("quack") is None or importlib.util.find_spec("cutlass") is None,
-    reason="quack-kernels and nvidia-cutlass-dsl are not installed",
-)
+@needs_quack
 class TestOnTheCard(OpContract):
     op = "linear_cross_entropy"
     implementation = "quack"

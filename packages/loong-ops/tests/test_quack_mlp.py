@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import sys
 from typing import Any
 
 import pytest
 import torch
-from quack_stand_ins import play_cuda
+from quack_stand_ins import needs_quack, play_cuda
 from torch import Tensor
 
 from loong_core.errors import Unsupported
@@ -30,10 +29,7 @@ class TestAroundTheProducts(OpContract):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(
-    importlib.util.find_spec("quack") is None or importlib.util.find_spec("cutlass") is None,
-    reason="quack-kernels and nvidia-cutlass-dsl are not installed",
-)
+@needs_quack
 class TestOnTheCard(OpContract):
     """The products as well."""
 

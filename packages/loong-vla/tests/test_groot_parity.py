@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import lerobot_peer
 import pytest
 import torch
 from groot_tiny import BASE, QWEN, build_model, loss_of
@@ -24,8 +24,7 @@ from loong_vla.groot import Groot
 from loong_vla.groot_shape import describe
 from loong_vla.models.groot import GROOT_N17
 
-PEER = os.environ.get("LOONG_LEROBOT_PYTHON")
-SCRIPT = Path(__file__).parent / "parity" / "groot_peer.py"
+ask_peer = partial(lerobot_peer.run, "groot_peer.py")
 CASES: dict[str, dict[str, Any]] = {
     "uneven": {
         **{"seed": 1, "cameras": 3, "image": [16, 24], "camera_mask": [[1, 1, 0], [0, 1, 0], [1, 1, 1]]},
@@ -70,14 +69,6 @@ def peer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     ask_peer("compute", folder)
     batch, results = (load_file(folder / f"{name}.safetensors") for name in ("batch", "results"))
     return Computed(case, folder, batch, results)
-
-
-def ask_peer(*words: str | Path) -> None:
-    if PEER is None:
-        pytest.skip("LOONG_LEROBOT_PYTHON names no interpreter that has lerobot (nox session `parity` makes one)")
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
-    done = subprocess.run([PEER, SCRIPT, *words], capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def config_of(computed: Computed, kind: str = "checkpoint", **more: Any) -> dict[str, Any]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import lerobot_peer
 import numpy as np
 import pytest
 import torch
@@ -22,8 +22,6 @@ from loong_vla.options import RobotOptions
 from loong_vla.processing import Processing, Robot
 from loong_vla.prompts import IMAGE, SPECIAL, load_tokenizer, train
 
-PEER = os.environ.get("LOONG_LEROBOT_PYTHON")
-SCRIPT = Path(__file__).parent / "parity" / "inputs_peer.py"
 NAMES = ["shoulder", "elbow", "wrist_1", "gripper"]
 TASKS = [" Pick_up the cube.\n", "fold: the T-shirt, then hold it", "go"]
 TEMPLATE = (
@@ -39,11 +37,9 @@ Ask = Callable[[Path, dict[str, Any], dict[str, Any]], dict[str, np.ndarray]]
 @pytest.fixture(scope="module")
 def ask_peer() -> Iterator[Ask]:
     """Asks one process in LeRobot's interpreter: folder, case, inputs -> outputs."""
-    if PEER is None:
-        pytest.skip("LOONG_LEROBOT_PYTHON names no interpreter that has lerobot (nox session `parity` makes one)")
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": "", "OMP_NUM_THREADS": "1"}
+    command = lerobot_peer.command("inputs_peer.py")
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen([PEER, SCRIPT], **pipes, text=True, env=environment) as process:
+    with subprocess.Popen(command, **pipes, text=True, env=lerobot_peer.ENVIRONMENT) as process:
         yield partial(ask_process, process)
 
 

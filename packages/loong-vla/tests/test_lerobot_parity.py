@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-from pathlib import Path
 
+import lerobot_peer
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -17,11 +15,9 @@ from loong_vla.lerobot.layout import INDEX_FEATURES, Dataset, open_dataset
 from loong_vla.lerobot.statistics import compute, quantile_names
 from loong_vla.lerobot.video import FrameReader
 
-PEER = Path(__file__).parent / "parity" / "dataset_peer.py"
-PYTHON = os.environ.get("LOONG_LEROBOT_PYTHON")
 HORIZON = 7
 
-pytestmark = pytest.mark.skipif(PYTHON is None, reason="LOONG_LEROBOT_PYTHON names no interpreter with lerobot")
+pytestmark = lerobot_peer.needs_lerobot
 
 CASES = {
     "h264_two_files": {
@@ -57,9 +53,7 @@ def peers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Dataset, 
         }
         jobs.append({**job, "horizon": 0 if name == "v2" else HORIZON, "statistics": name in ("v2", "h264_two_files")})
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    command = [str(PYTHON), str(PEER), str(folder / "jobs.json")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
+    lerobot_peer.run("dataset_peer.py", folder / "jobs.json")
     return {
         name: (
             open_dataset(folder / name),

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import lerobot_peer
 import numpy as np
 import pytest
 import torch
@@ -27,8 +27,7 @@ from loong_vla.models.pi05 import PI05
 from loong_vla.pi05 import Pi05, build
 from loong_vla.prompts import pi05_prompt
 
-PEER = os.environ.get("LOONG_LEROBOT_PYTHON")
-SCRIPT = Path(__file__).parent / "parity" / "pi05_peer.py"
+ask_peer = partial(lerobot_peer.run, "pi05_peer.py")
 SIZES: dict[str, int] = {
     **{"layers": 3, "hidden": 40, "ffn": 56, "heads": 8, "kv_heads": 1, "head_dim": 12, "vocabulary": 61},
     **{"expert_hidden": 24, "expert_ffn": 36, "image_size": 42, "patch": 14},
@@ -84,14 +83,6 @@ def read_case(name: str, folder: Path) -> Computed:
 @pytest.fixture(params=CASES)
 def peer(request: pytest.FixtureRequest, computed: dict[str, Computed]) -> Computed:
     return computed[request.param]
-
-
-def ask_peer(*words: str | Path) -> None:
-    if PEER is None:
-        pytest.skip("LOONG_LEROBOT_PYTHON names no interpreter that has lerobot (nox session `parity` makes one)")
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
-    done = subprocess.run([PEER, SCRIPT, *words], capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def config_of(computed: Computed, **more: Any) -> dict[str, Any]:

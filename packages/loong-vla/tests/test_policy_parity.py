@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 from pathlib import Path
 
+import lerobot_peer
 import numpy as np
-import pytest
 from policy_tiny import make_run
 from safetensors.numpy import load_file, save_file
 
@@ -17,14 +15,10 @@ from loong_vla.lerobot.video import FrameReader
 from loong_vla.policy import load_policy, recorded
 from loong_vla.sequence import Draws
 
-PEER = os.environ.get("LOONG_LEROBOT_PYTHON")
-SCRIPT = Path(__file__).parent / "parity" / "policy_peer.py"
 
-
+@lerobot_peer.needs_lerobot
 def test_lerobot_does_the_same_with_an_export(tmp_path: Path) -> None:
     """Images have the policy's size: how they are resized is compared in test_inputs_parity."""
-    if PEER is None:
-        pytest.skip("LOONG_LEROBOT_PYTHON names no interpreter that has lerobot (nox session `parity` makes one)")
     cameras = {"observation.images.front": (42, 42), "observation.images.wrist": (42, 42)}
     dataset = generate(tmp_path / "data", frames=[12, 9], cameras=cameras)
     run = make_run(tmp_path / "run", dataset)
@@ -39,9 +33,7 @@ def test_lerobot_does_the_same_with_an_export(tmp_path: Path) -> None:
     config = json.loads((run.folder / "hf" / "config.json").read_text())
     config.pop("sizes", None)  # LeRobot knows the published sizes only; the peer is told of these
     (run.folder / "hf" / "config.json").write_text(json.dumps(config))
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
-    done = subprocess.run([PEER, SCRIPT, run.folder], capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    lerobot_peer.run("policy_peer.py", run.folder)
     theirs = load_file(run.folder / "done.safetensors")["actions"]
     assert theirs.shape == actions.shape
     np.testing.assert_allclose(actions, theirs, atol=1e-4)
