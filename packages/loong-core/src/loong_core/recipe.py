@@ -164,6 +164,8 @@ class LogSection(Section):
     """Report to the console every so many steps; metrics.jsonl holds every step."""
     to: list[str] = ["console", "jsonl"]
     """Where to report: console, jsonl, tensorboard."""
+    profile: PositiveInt | None = None
+    """Profile this step: a table of its work and a trace, in `logs/` of the run folder; null: none."""
 
 
 class LaunchSection(Section):

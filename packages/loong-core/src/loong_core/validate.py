@@ -311,10 +311,12 @@ def _known(recipe: Recipe, registry: Registry) -> dict[str, str]:
 
 
 def _check_names(recipe: Recipe, registry: Registry, findings: Findings) -> None:
-    """Sinks of the log, and op names, which are known before any layout is."""
+    """Sinks and profile of the log, and op names, which are known before any layout is."""
     from loong_core.train.metrics import sink_problems
 
     findings.absorb("log.to", sink_problems(recipe.log.to))
+    if recipe.log.profile is not None and recipe.log.profile > recipe.run.steps:
+        findings.add("log.profile", f"the run ends with step {recipe.run.steps} (run.steps); name a step up to that.")
     for op, name in recipe.ops.items():
         known = sorted(row.name for row in registry.ops() if row.op == op)
         if op not in ops.DECLARATIONS:

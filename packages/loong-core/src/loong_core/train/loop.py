@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from loong_core.errors import RunError
 from loong_core.registry import resolve
 from loong_core.train.checkpoints import FOLDER
+from loong_core.train.profile import profiled
 from loong_core.train.schedule import learning_rate
 
 if TYPE_CHECKING:
@@ -24,14 +25,15 @@ def train(run: Run, engine: Engine, data: Batches, checkpoints: Checkpoints, rep
     steps = run.recipe.run.steps
     while run.step < steps:
         began = time.perf_counter()
-        batches = data.batches(run.step)
-        data_seconds = time.perf_counter() - began
+        with profiled(run):
+            batches = data.batches(run.step)
+            data_seconds = time.perf_counter() - began
 
-        losses = engine.forward_backward(batches, run.step)
-        _require_finite(run, "loss", losses["loss"])
-        lr = learning_rate(run.recipe.optim, run.step + 1, steps)
-        norm = engine.step(lr)
-        _require_finite(run, "gradient norm", norm)
+            losses = engine.forward_backward(batches, run.step)
+            _require_finite(run, "loss", losses["loss"])
+            lr = learning_rate(run.recipe.optim, run.step + 1, steps)
+            norm = engine.step(lr)
+            _require_finite(run, "gradient norm", norm)
         run.step += 1
 
         metrics: dict[str, Any] = dict(losses, grad_norm=norm, lr=lr, data_seconds=data_seconds)
