@@ -84,34 +84,40 @@ def test_routing_weights_may_be_wider_than_the_hidden_states():
     close(found, gradients(reference, wide, chosen), 2e-2)
 
 
+BUFFERS = pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+
+
+@BUFFERS
 @pytest.mark.parametrize("contiguous", [True, False])
-def test_gradients_of_weights_are_added_to_their_buffers(contiguous):
+def test_gradients_of_weights_are_added_to_their_buffers(contiguous, dtype, limit):
     tensors, chosen = draw(t=10, k=2, e=5, n=16, f=8)
     exact = gradients(reference, tensors, chosen)
     for parameter in tensors[1:3]:
-        whole = torch.full((*parameter.shape, 1 if contiguous else 2), 0.5, device=DEVICE)
+        whole = torch.full((*parameter.shape, 1 if contiguous else 2), 0.5, device=DEVICE, dtype=dtype)
         parameter.main_grad = whole[..., 0]
     out = experts(*tensors, chosen)
     upstream = torch.cos(torch.arange(out.numel(), device=DEVICE, dtype=torch.float32)).view(out.shape)
     out.backward(upstream)
     for parameter, gradient in zip(tensors[1:3], exact[2:4], strict=True):
         assert parameter.grad_added_to_main_grad
-        assert error(parameter.main_grad - 0.5, gradient) < 1e-5
+        assert error(parameter.main_grad.float() - 0.5, gradient) < limit
     assert error(tensors[0].grad, exact[1]) < 1e-5
 
 
+@BUFFERS
 @pytest.mark.parametrize("contiguous", [True, False])
-def test_gradients_of_weights_are_written_into_empty_buffers(contiguous):
+def test_gradients_of_weights_are_written_into_empty_buffers(contiguous, dtype, limit):
     tensors, chosen = draw(t=10, k=2, e=5, n=16, f=8)
     exact = gradients(reference, tensors, chosen)
     for parameter in tensors[1:3]:
-        parameter.main_grad = torch.full((*parameter.shape, 1 if contiguous else 2), math.nan, device=DEVICE)[..., 0]
+        whole = torch.full((*parameter.shape, 1 if contiguous else 2), math.nan, device=DEVICE, dtype=dtype)
+        parameter.main_grad = whole[..., 0]
         parameter.main_grad_empty = True
     for times in (1, 2):
         out = experts(*tensors, chosen)
         out.backward(torch.cos(torch.arange(out.numel(), device=DEVICE, dtype=torch.float32)).view(out.shape))
         for parameter, gradient in zip(tensors[1:3], exact[2:4], strict=True):
-            assert error(parameter.main_grad, times * gradient) < 1e-5
+            assert error(parameter.main_grad, times * gradient) < limit
 
 
 def test_gradients_of_bfloat16_weights_are_added_in_float32():

@@ -110,6 +110,22 @@ def test_the_weight_gradient_joins_its_buffer(kind):
     assert (weight.main_grad[VOCABULARY:] == 2.0).all()
 
 
+@pytest.mark.parametrize("empty", [True, False])
+@pytest.mark.parametrize("kind", ["uniform", "own"])
+def test_a_bfloat16_buffer_gets_the_sum_rounded_once(kind, empty):
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        hidden, weight, targets = inputs()
+        weight.main_grad = torch.full((ROWS, HIDDEN), float("nan") if empty else 2.0, dtype=dtype)
+        weight.main_grad_empty = empty
+        with poisoned_memory():
+            loss = linear_cross_entropy(hidden, weight, targets, vocabulary=VOCABULARY, _chunk=3)
+            loss.backward(upstream_of(kind, 7))
+        assert weight.grad_added_to_main_grad
+        found.append(weight.main_grad)
+    torch.testing.assert_close(found[1], found[0].bfloat16(), rtol=2**-8, atol=2**-16)
+
+
 @pytest.mark.parametrize("kind", ["uniform", "own"])
 def test_an_empty_buffer_is_written_as_a_whole(kind):
     hidden, weight, targets = inputs()

@@ -70,10 +70,12 @@ def test_weight_gradients_are_added_into_the_buffers(start: int) -> None:
 
 @pytest.mark.usefixtures("torch_products")
 @pytest.mark.parametrize("start", [0, 8, 1])
-def test_weight_gradients_are_written_into_empty_buffers(start: int) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weight_gradients_are_written_into_empty_buffers(dtype: torch.dtype, start: int) -> None:
     hidden, up, down, weights, chosen = inputs()
     for weight in (up, down):
-        weight.main_grad = torch.full((start + weight.numel(),), math.nan)[start:].view(weight.shape)  # type: ignore[attr-defined]
+        memory = torch.full((start + weight.numel(),), math.nan, dtype=dtype)
+        weight.main_grad = memory[start:].view(weight.shape)  # type: ignore[attr-defined]
         weight.main_grad_empty = True  # type: ignore[attr-defined]
     wide = [tensor.detach().float().requires_grad_() for tensor in (hidden, up, down, weights)]
     reference(*wide, chosen).sum().backward()  # type: ignore[misc]

@@ -66,18 +66,36 @@ def gradients(tensors: tuple[Tensor, ...]) -> list[Tensor]:
 @pytest.mark.usefixtures("torch_products", "busy")
 @pytest.mark.parametrize("empty", [True, False])
 @pytest.mark.parametrize("start", [0, 8, 1])  # 1: a buffer that no tensor map can reach
-def test_gradients_of_weights_go_into_the_buffers(start: int, empty: bool) -> None:
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_gradients_of_weights_go_into_the_buffers(dtype: torch.dtype, limit: float, start: int, empty: bool) -> None:
     x, *parameters = inputs()
     exact = gradients((x, *parameters))[1:]
     for parameter in parameters:
-        memory = torch.full((start + parameter.numel(),), math.nan if empty else 0.0)
+        memory = torch.full((start + parameter.numel(),), math.nan if empty else 0.0, dtype=dtype)
         parameter.main_grad = memory[start:].view(parameter.shape)  # type: ignore[attr-defined]
         parameter.main_grad_empty = empty  # type: ignore[attr-defined]
     for times in (1, 2):
         linear(x, *parameters).sum().backward()
         for parameter, gradient in zip(parameters, exact, strict=True):
             assert parameter.grad_added_to_main_grad  # type: ignore[attr-defined]
-            assert error(parameter.main_grad, times * gradient) < 1e-5  # type: ignore[attr-defined]
+            assert error(parameter.main_grad, times * gradient) < limit  # type: ignore[attr-defined]
+
+
+@pytest.mark.usefixtures("torch_products", "busy")
+@pytest.mark.parametrize("empty", [True, False])
+@pytest.mark.parametrize("start", [0, 1])
+def test_the_first_gradient_in_a_bfloat16_buffer_is_rounded_once(start: int, empty: bool) -> None:
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        x, *parameters = inputs(t=300)
+        for parameter in parameters:
+            memory = torch.full((start + parameter.numel(),), math.nan if empty else 0.5, dtype=dtype)
+            parameter.main_grad = memory[start:].view(parameter.shape)  # type: ignore[attr-defined]
+            parameter.main_grad_empty = empty  # type: ignore[attr-defined]
+        linear(x, *parameters).cos().sum().backward()
+        found.append([parameter.main_grad for parameter in parameters])  # type: ignore[attr-defined]
+    for exact, rounded in zip(*found, strict=True):
+        assert torch.equal(exact.bfloat16(), rounded)
 
 
 @pytest.mark.usefixtures("torch_products", "busy")

@@ -49,12 +49,13 @@ def inputs(t: int = 9, n: int = 16, f: int = 24, m: int = 8) -> tuple[Tensor, Te
 @pytest.mark.usefixtures("torch_products")
 @pytest.mark.parametrize("empty", [True, False])
 @pytest.mark.parametrize("start", [0, 8, 1])  # 1: a buffer that no tensor map can reach
-def test_gradients_of_weights_go_into_the_buffers(start: int, empty: bool) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_weights_go_into_the_buffers(dtype: torch.dtype, start: int, empty: bool) -> None:
     x, *weights = inputs()
     wide = [tensor.detach().float().requires_grad_() for tensor in (x, *weights)]
     reference(*wide).sum().backward()
     for weight in weights:
-        memory = torch.full((start + weight.numel(),), math.nan if empty else 0.0)
+        memory = torch.full((start + weight.numel(),), math.nan if empty else 0.0, dtype=dtype)
         weight.main_grad = memory[start:].view(weight.shape)  # type: ignore[attr-defined]
         weight.main_grad_empty = empty  # type: ignore[attr-defined]
     for times in (1, 2):

@@ -137,14 +137,15 @@ def test_cuts_give_the_same(config: Config) -> None:
         torch.testing.assert_close(ours, expected)
 
 
-def test_weight_adds_to_its_buffer() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weight_adds_to_its_buffer(dtype: torch.dtype) -> None:
     x, weight = drawn(5, 12).requires_grad_(), drawn(12, seed=1).to(torch.bfloat16).requires_grad_()
     rms_norm(x, weight, 1e-6).cos().sum().backward()
     expected = weight.grad.float()  # type: ignore[union-attr]
     weight.grad = None
-    weight.main_grad = torch.ones(12, device=DEVICE)  # type: ignore[attr-defined]
+    weight.main_grad = torch.ones(12, device=DEVICE, dtype=dtype)  # type: ignore[attr-defined]
     rms_norm(x, weight, 1e-6).cos().sum().backward()
-    torch.testing.assert_close(weight.main_grad - 1, expected, rtol=1e-2, atol=1e-2)  # type: ignore[attr-defined]
+    torch.testing.assert_close(weight.main_grad.float() - 1, expected, rtol=2e-2, atol=2e-2)  # type: ignore[attr-defined]
     assert weight.grad_added_to_main_grad  # type: ignore[attr-defined]
 
 

@@ -1,8 +1,8 @@
 """AdamW in one pass over memory: 28 bytes an element with bfloat16 parameters, their master weights included.
 
-Read and written: parameter (2), remainder of the master weight (2) and two moments (8); read: the gradient (4). The
-clip coefficient arrives as a device tensor, so that neither a pass over the gradients nor a wait for their norm is
-needed; a coefficient that is not finite leaves everything as it is.
+Read and written: parameter (2), remainder of the master weight (2) and two moments (8); read: the gradient (4; 2 where
+gradients are summed in bfloat16). The clip coefficient arrives as a device tensor, so that neither a pass over the
+gradients nor a wait for their norm is needed; a coefficient that is not finite leaves everything as it is.
 """
 
 from __future__ import annotations

@@ -62,6 +62,8 @@ HOPPER = Config(
 )
 FLOAT32 = Config(*[Tile(64, 64, 16, 2, 8)] * 6)
 UNALIGNED = Config(*[Tile(64, 64, 32, 2, 8)] * 6)
+BUFFERS = (torch.float32, torch.bfloat16)
+"""Dtypes of gradient buffers that the kernel can write to."""
 PROGRAMS = 8 * 132
 """Programs that a grid should have where the problem allows: with fewer, the last wave leaves many processors idle."""
 
@@ -93,7 +95,8 @@ def experts(
     """Every token through its experts, summed with its weights: hidden [t,n] -> [t,n] in hidden's dtype.
 
     up [e,2f,n], down [e,n,f], weights and chosen [t,k] are as `loong_core.references.experts.experts` says, which also
-    explains `first` and `pairs`. Gradients of up and down go straight to their float32 buffers where they have one.
+    explains `first` and `pairs`. Gradients of up and down go straight to their buffers, float32 or bfloat16,
+    where they have one.
     Its backward can run once for a forward, because the gradient of gate_up takes gate_up's place.
     """
     rows = chosen.numel() if pairs is None else pairs
@@ -260,7 +263,7 @@ def weight_gradient(
     """
     m, n = left.shape[1], right.shape[1]
     buffer, empty = buffer_to_fill(weight)
-    if buffer is not None and buffer.is_contiguous() and buffer.dtype == torch.float32:
+    if buffer is not None and buffer.is_contiguous() and buffer.dtype in BUFFERS:
         out = buffer
     else:
         dtype = weight.dtype if buffer is None else torch.float32
@@ -271,8 +274,9 @@ def weight_gradient(
     rows_left = None if gathered == "left" else _descriptor(left, (tile.k, m_block))
     rows_right = None if gathered == "right" else _descriptor(right, (tile.k, n_block))
     parts = _parts(n_block, tile)
-    # The interpreter has no addition through a descriptor.
-    sums = _descriptor(out, (1, m_block, n_block // parts)) if adds and tile.reduce and not interpreted() else None
+    # The interpreter has no addition through a descriptor; a sum in bfloat16 would be rounded twice.
+    reduces = adds and tile.reduce and out.dtype == torch.float32 and not interpreted()
+    sums = _descriptor(out, (1, m_block, n_block // parts)) if reduces else None
     grid, group = _grid(len(weight) * triton.cdiv(m, m_block), triton.cdiv(n, n_block), tile)
     kernels.weight_gradient_kernel[grid](
         left if rows_left is None else rows_left, right if rows_right is None else rows_right,

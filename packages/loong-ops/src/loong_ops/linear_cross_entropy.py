@@ -167,16 +167,18 @@ def _factor(upstream: Tensor, targets: Tensor) -> Tensor:
 
 
 def _compute_again(ctx: Any, factor: Tensor, target: Tensor, *, add: bool) -> None:
-    """The weight's gradient [w,h] for a `factor` [t] of each token's own, added to `target` or written over it."""
+    """The weight's gradient [w,h] for a `factor` [t] of each token's own, added to `target` or written over it: in
+    float32, rounded once."""
     hidden, weight, targets, peaks, inverses, _, _ = ctx.saved_tensors
     rows, used = hidden.contiguous(), _used(weight, ctx.share)
-    total = target if target.dtype == torch.float32 else torch.empty_like(target, dtype=torch.float32)
+    direct = target.dtype == torch.float32
+    total = target if direct else torch.empty_like(target, dtype=torch.float32)
     for part, logits in _chunks(rows, used, ctx.chunk, ctx.products):
         write_gradients(logits, targets[part], ctx.share, peaks[part], inverses[part], factor[part], logits)
         gradient = logits[:, : used.shape[0]]
-        ctx.products.weight_gradient(gradient, rows[part], total, alpha=1.0, add=add or part.start > 0)
-    if total is not target:
-        target.copy_(total)
+        ctx.products.weight_gradient(gradient, rows[part], total, alpha=1.0, add=(add and direct) or part.start > 0)
+    if not direct:
+        (target.add_ if add else target.copy_)(total)
 
 
 def _used(weight: Tensor, share: Share) -> Tensor:

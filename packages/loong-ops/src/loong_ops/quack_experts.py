@@ -2,7 +2,7 @@
 
 Six products of variable size, one launch for all experts each, follow SonicMoE (arXiv 2512.14080): the rows of tokens
 are gathered inside the first product of either direction, SwiGLU and its gradient are epilogues, and the gradients of
-weights are added into their float32 buffers by the store. Nothing that is permuted is kept for backward but the
+weights are added into their buffers by the store. Nothing that is permuted is kept for backward but the
 projected rows `gate_up`.
 
 Shape legend: t tokens, k experts chosen for each token, e experts held here, n hidden size, f size of an expert, p rows
@@ -179,7 +179,7 @@ def _d_gated(
 def _weight_gradient(
     weight: Tensor, gathered: Tensor, rows_grad: Tensor, rows: Rows, tile: Tile, *, alternating: bool
 ) -> Tensor | None:
-    """gathered[token]^T @ rows_grad for every expert: into the weight's float32 buffer where it has one.
+    """gathered[token]^T @ rows_grad for every expert: into the weight's buffer where it has one.
 
     gathered [t,n] and rows_grad [p,c] give [e,n,c]; `alternating`: c = 2f alternates, and the weight is [e,2f,n].
     """

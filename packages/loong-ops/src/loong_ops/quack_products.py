@@ -94,9 +94,10 @@ def product(left: Tensor, right: Tensor, out: Tensor, tile: Tile, **options: Any
 
 
 def weight_gradient(weight: Tensor, write: Callable[[Tensor, bool], None]) -> Tensor | None:
-    """The gradient of `weight`: None once it lies in the weight's float32 buffer.
+    """The gradient of `weight`: None once it lies in the weight's buffer, in float32 or bfloat16.
 
-    `write(target, add)` writes it over, or adds it to, `target`, which is shaped as the weight and contiguous.
+    `write(target, add)` writes it over, or adds it to, `target`, which is shaped as the weight and contiguous. QuACK's
+    `add_to_output` adds in the memory system: a bfloat16 buffer gets the sum of two rounded numbers, rounded.
     """
     buffer, empty = gradient_buffer.buffer_to_fill(weight)
     if buffer is None:
@@ -107,7 +108,7 @@ def weight_gradient(weight: Tensor, write: Callable[[Tensor, bool], None]) -> Te
     if buffer.is_contiguous() and buffer.data_ptr() % 16 == 0:
         write(buffer, not empty)
     else:
-        target = torch.empty_like(buffer, memory_format=torch.contiguous_format)
+        target = torch.empty(buffer.shape, dtype=torch.float32, device=buffer.device)
         write(target, False)
         (buffer.copy_ if empty else buffer.add_)(target)
     gradient_buffer.mark_added(weight)

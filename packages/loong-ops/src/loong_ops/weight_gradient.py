@@ -1,4 +1,4 @@
-"""Where a weight's gradient goes: into the engine's float32 buffer if the weight has one, to autograd otherwise."""
+"""Where a weight's gradient goes: into the engine's buffer if the weight has one, to autograd otherwise."""
 
 from __future__ import annotations
 

@@ -171,9 +171,7 @@ class AdamW:
 
     def _norm(self) -> Tensor:
         """Of what the buffers of all ranks hold, every element once: a float32 scalar tensor, the same on all ranks."""
-        squared = torch.zeros((), dtype=torch.float32, device=self._device)
-        if self._counted:
-            squared += torch.nn.utils.get_total_norm(self._counted).square()
+        squared = sum_of_squares(self._counted, self._device)
         dist.all_reduce(squared)
         return squared.sqrt()
 
@@ -233,6 +231,19 @@ class ShardedAdamW(AdamW):
             # Overlapped gathering is started by the next forward pass.
             if not chunk.ddp_config.overlap_param_gather:
                 chunk.start_param_sync()
+
+
+def sum_of_squares(tensors: Sequence[Tensor], device: str) -> Tensor:
+    """Of all elements: a scalar tensor in float32. torch's `get_total_norm` would round the norms of the tensors, and
+    the norm of those, to the dtype of the tensors; so this asks for norms in float32."""
+    total = torch.zeros((), dtype=torch.float32, device=device)
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        by_dtype.setdefault(tensor.dtype, []).append(tensor)  # one kernel takes many tensors of one dtype
+    for dtype, alike in by_dtype.items():
+        norms = torch._foreach_norm(alike, 2.0, dtype=torch.promote_types(dtype, torch.float32))
+        total += torch.stack(norms).square().sum()
+    return total
 
 
 def _buffers(chunk: Any) -> list[Any]:

@@ -1,8 +1,9 @@
-"""How an op adds a weight's gradient straight into the float32 buffer that an engine reduces and the optimizer reads.
+"""How an op adds a weight's gradient straight into the buffer that an engine reduces and the optimizer reads.
 
 megatron-core hangs the buffer on the parameter as `main_grad` and learns from `grad_added_to_main_grad` that nothing
 is left to add. Its hook runs when autograd reaches the parameter, also without a gradient, so no placeholder of the
-weight's size is ever allocated.
+weight's size is ever allocated. The buffer has the dtype of the precision policy's `gradients`, float32 or the weight's
+own; what an op adds to it, it sums in float32 and rounds at the end.
 
 Zeroing a buffer at the start of a step, only to read the zeros back in the first addition, moves twelve bytes a weight
 for nothing. So a weight whose gradient came this way once is not zeroed again: its buffer is declared empty, and the
@@ -18,7 +19,7 @@ from torch import Tensor
 
 
 def buffer_of(weight: Tensor) -> Tensor | None:
-    """The float32 buffer, shaped as `weight`, that its gradient may be added to; None: return the gradient instead.
+    """The buffer, shaped as `weight`, that its gradient may be added to; None: return the gradient instead.
 
     Only a leaf has one: a weight that is used twice (tied embeddings) is handed to the second place as a view of it,
     and autograd sums.

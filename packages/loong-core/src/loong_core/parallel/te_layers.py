@@ -80,7 +80,7 @@ class TELayerProvider:
 
 
 def accumulating(linear: type, product: Callable[..., Tensor] | None = None) -> type:
-    """`linear`, a layer of Transformer Engine, adding its weight gradient straight into the float32 buffer.
+    """`linear`, a layer of Transformer Engine, adding its weight gradient straight into its buffer.
 
     megatron-core has one switch for all linear layers, and its own, of which the output layer is made, want Apex for
     it; so only what Transformer Engine builds sees the switch on. `product`, an op `linear`, computes in its place

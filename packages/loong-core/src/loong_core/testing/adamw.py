@@ -56,11 +56,11 @@ class AdamWContract(Contract):
     sizes: ClassVar[tuple[int, ...]] = (1, 5, 1000, 4099)
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
-        """One test per size and kind of parameter."""
+        """One test per size and kind of parameter; "narrow gradient": a remainder, and a gradient in bfloat16."""
         if "size" in metafunc.fixturenames:
             metafunc.parametrize("size", self.sizes)
         if "kind" in metafunc.fixturenames:
-            metafunc.parametrize("kind", ("float32", "remainder", "bfloat16"))
+            metafunc.parametrize("kind", ("float32", "remainder", "bfloat16", "narrow gradient"))
 
     @cached_property
     def function(self) -> Callable[..., None]:
@@ -163,7 +163,9 @@ class AdamWContract(Contract):
 
         master = normal() * 10.0 ** (normal() * 2).clamp(-6, 3)
         wholes = {"gradient": normal(), "exp_avg": normal() * 0.1, "exp_avg_sq": normal().square() * 0.1}
-        if kind == "remainder":
+        if kind == "narrow gradient":
+            wholes["gradient"] = wholes["gradient"].bfloat16()
+        if kind in ("remainder", "narrow gradient"):
             wholes["parameter"], wholes["remainder"] = split(master)
         else:
             wholes["parameter"] = master.to(getattr(torch, kind))
