@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -211,9 +212,11 @@ def test_precision_policies_name_torch_dtypes_and_known_capabilities():
     import torch
 
     policies = {policy.name: policy for policy in POLICIES}
-    assert set(policies) == {"fp32", "bf16"}
+    assert set(policies) == {"fp32", "bf16", "bf16_gradients"}
     for policy in POLICIES:
         for dtype in (policy.parameters, policy.activations, policy.gradients, policy.master, policy.optimizer_state):
             assert isinstance(getattr(torch, dtype), torch.dtype)
         assert policy.summary and all(policy.needs <= backend.capabilities for backend in BACKENDS)
     assert policies["bf16"].parameters == "bfloat16" and policies["bf16"].master == "float32"
+    narrow = replace(policies["bf16_gradients"], gradients="float32", name="bf16", summary=policies["bf16"].summary)
+    assert narrow == policies["bf16"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -43,6 +44,13 @@ def test_one_process_by_hand() -> None:
     assert found["activations"] == 2 * 64 * (4 * per_layer + 2 * 48)
     assert found["logits"] == 2 * 64 * 131 * 2 + 131 * 48 * 4
     assert found["total"] == sum(value for use, value in found.items() if use != "total")
+
+
+def test_gradients_in_bfloat16_take_two_bytes_less_a_trained_parameter() -> None:
+    number = sum(spec.size for spec in decoder_shape().parameters)
+    wide, narrow = (total_of(Degrees(world=1), policy) for policy in (BF16, replace(BF16, gradients="bfloat16")))
+    assert wide.pop("total") - narrow.pop("total") == wide.pop("gradients") - narrow.pop("gradients") == 2 * number
+    assert wide == narrow
 
 
 def test_float32_parameters_are_their_own_master() -> None:

@@ -12,7 +12,7 @@ from loong_core.testing import decoder, tiny
 from loong_core.testing.ranks import run_ranks
 
 STEPS = 3
-TOLERANCE = {"fp32": 2e-5, "bf16": 4e-3}
+TOLERANCE = {"fp32": 2e-5, "bf16": 4e-3, "bf16_gradients": 1e-2}
 """Relative, of losses and gradient norms; ranks round activations' gradients differently in bfloat16."""
 OPTIM = {"lr": 2e-3, "eps": 1e-3, "warmup": 0, "schedule": "constant", "weight_decay": 0.1, "clip": 0.5}
 """A large epsilon: without it Adam makes steps of size lr out of rounding errors of gradients near zero."""

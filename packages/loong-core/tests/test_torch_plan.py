@@ -12,7 +12,7 @@ from loong_core.parallel.torch_plan import estimate, plan
 from loong_core.precision import POLICIES
 from loong_core.recipe import Recipe
 from loong_core.testing import decoder
-from loong_core.types import Cluster, ModelShape, ParallelPlan, ParameterSpec
+from loong_core.types import Cluster, ModelShape, ParallelPlan, ParameterSpec, PrecisionPolicy
 
 BF16 = next(policy for policy in POLICIES if policy.name == "bf16")
 GIB = 2**30
@@ -87,8 +87,8 @@ def test_the_estimate_counts_bytes() -> None:
     shape = ModelShape(family="any", fields={}, layers=1, hidden=12, parameters=specs)
     options = TorchOptions(ema=0.9)
 
-    def bytes_of(shard: Any, size: int, world: int) -> dict[str, int]:
-        return estimate(shape, recipe(), BF16, options, shard, size, world)
+    def bytes_of(shard: Any, size: int, world: int, policy: PrecisionPolicy = BF16) -> dict[str, int]:
+        return estimate(shape, recipe(), policy, options, shard, size, world)
 
     whole = {"parameters": 2 * (trained + frozen), "gradients": 4 * trained}
     state = {"master": 2 * trained, "optimizer": 8 * trained, "ema": 4 * trained}
@@ -101,6 +101,10 @@ def test_the_estimate_counts_bytes() -> None:
         "optimizer": 8 * trained // 4,
         "ema": 4 * trained // 4,
     }
+    narrow = next(policy for policy in POLICIES if policy.name == "bf16_gradients")
+    assert bytes_of("none", 1, 4, narrow) == whole | state | {"gradients": 2 * trained}
+    # Slices are float32 masters, and their gradients with them.
+    assert bytes_of("full", 4, 4, narrow)["gradients"] == 4 * trained // 4 + 2 * trained
 
 
 def test_samples_of_other_lengths_than_rows() -> None:

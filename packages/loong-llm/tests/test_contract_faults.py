@@ -110,7 +110,7 @@ def loong_parallel_planners():
 @hookimpl
 def loong_precision_policies():
     return [
-        PrecisionPolicy(name="liar", parameters="float32", activations="bfloat16", gradients="bfloat16"),
+        PrecisionPolicy(name="liar", parameters="float32", activations="bfloat16"),
         PrecisionPolicy(name="typo", parameters="float33", activations="float32", needs=frozenset({{"float33"}})),
     ]
 

@@ -25,6 +25,12 @@ class TestFp32(PrecisionContract):
     drift = 0.0
 
 
+class TestBf16Gradients(PrecisionContract):
+    policy = "bf16_gradients"
+    family = "qwen3"
+    config: ClassVar = CONFIG
+
+
 class TestBf16(PrecisionContract):
     policy = "bf16"
     family = "qwen3"

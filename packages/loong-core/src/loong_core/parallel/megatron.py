@@ -22,6 +22,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from loong_core.errors import Unsupported
 from loong_core.parallel import gradient_buffer, megatron_state, segments
 from loong_core.parallel.adamw import ShardedAdamW
 from loong_core.parallel.build import BuildContext, LossContext
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
     from loong_core.recipe import OptimSection
     from loong_core.train.run import Run
-    from loong_core.types import ParallelPlan
+    from loong_core.types import ParallelPlan, PrecisionPolicy
 
 
 def build(run: Run) -> MegatronEngine:
@@ -81,6 +82,16 @@ def _mixed(seed: int, step: int) -> int:
     return int.from_bytes(digest[:4], "little") % (2**30)
 
 
+def _sums_in_float32(precision: PrecisionPolicy) -> bool:
+    """megatron-core has two kinds of gradient buffers: in float32, and in the dtype of their parameters."""
+    if precision.gradients not in ("float32", precision.parameters):
+        raise Unsupported(
+            f"precision {precision.name}: the megatron engine sums gradients in float32 or in the parameters' dtype, "
+            f"{precision.parameters}; not in {precision.gradients}."
+        )
+    return precision.gradients == "float32"
+
+
 def _clear_gradients(chunk: Any) -> None:
     """As `zero_grad_buffer` of megatron-core's wrapper, which zeroes more than it needs to."""
     for parameter in chunk.params_with_grad:
@@ -121,7 +132,7 @@ class MegatronEngine:
         overlap = self._options.overlap and data_parallel
         settings = DistributedDataParallelConfig(
             use_distributed_optimizer=True,
-            grad_reduce_in_fp32=True,
+            grad_reduce_in_fp32=_sums_in_float32(self._run.precision),
             overlap_grad_reduce=overlap,
             overlap_param_gather=overlap,
             bucket_size=self._options.bucket_size,

@@ -208,7 +208,7 @@ def estimate(
     part = -(-trained // size)
     return {
         "parameters": -(-frozen // size) * small + 2 * unit * small,
-        "gradients": part * dtype_bytes(precision.gradients) + unit * dtype_bytes(precision.gradients),
+        "gradients": part * wide + unit * dtype_bytes(precision.gradients),
         "master": part * wide,
         "optimizer": part * state,
         **({"ema": part * average} if average else {}),
