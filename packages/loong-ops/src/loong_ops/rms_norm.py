@@ -1,4 +1,4 @@
-"""The op `rms_norm`, and `add_rms_norm`, which adds a residual first: one pass over the rows each way.
+"""The op `rms_norm`: one pass over the rows each way.
 
 A row lies in one program's registers. Backward's programs take many rows each and keep the weight's gradient with
 them, so that it is summed without atomics. Shape legend: rows are all leading dims as one, n numbers of a row.
@@ -42,26 +42,10 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float, *, _config: Config | Non
     return result
 
 
-def add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, epsilon: float, *, _config: Config | None = None
-) -> tuple[Tensor, Tensor]:
-    """`(x + residual, rms_norm(x + residual))`, both of x's shape [..., n], in one pass, and back in one.
-
-    Raises `Unsupported` for more than 16384 numbers a row, and where the two differ in shape or dtype.
-    """
-    if x.shape != residual.shape or x.dtype != residual.dtype:
-        raise Unsupported(
-            f"add_rms_norm: x is {tuple(x.shape)} {x.dtype}, residual {tuple(residual.shape)} {residual.dtype}. "
-            "They have to be alike."
-        )
-    result: tuple[Tensor, Tensor] = _AddRMSNorm.apply(x, residual, weight, epsilon, _config or _cut(x.shape[-1]))
-    return result
-
-
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float, config: Config) -> Tensor:
-        result, scale = _forward(x, None, None, weight, epsilon, config)
+        result, scale = _forward(x, weight, epsilon, config)
         ctx.save_for_backward(x, weight, scale)
         ctx.config = config
         return result
@@ -69,50 +53,24 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, scale = ctx.saved_tensors
-        d_x, d_weight = _backward(x, weight, scale, gradients[0], None, ctx.needs_input_grad[1], ctx.config)
+        d_x, d_weight = _backward(x, weight, scale, gradients[0], ctx.needs_input_grad[1], ctx.config)
         return d_x if ctx.needs_input_grad[0] else None, d_weight, None, None
 
 
-class _AddRMSNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, residual: Tensor, weight: Tensor, epsilon: float, config: Config
-    ) -> tuple[Tensor, Tensor]:
-        total = torch.empty_like(x, memory_format=torch.contiguous_format)
-        result, scale = _forward(x, residual, total, weight, epsilon, config)
-        ctx.save_for_backward(total, weight, scale)
-        ctx.config = config
-        return total, result
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        total, weight, scale = ctx.saved_tensors
-        d_total, d_result = gradients
-        d_x, d_weight = _backward(total, weight, scale, d_result, d_total, ctx.needs_input_grad[2], ctx.config)
-        wants_x, wants_residual = ctx.needs_input_grad[:2]
-        return d_x if wants_x else None, d_x if wants_residual else None, d_weight, None, None
-
-
-def _forward(
-    x: Tensor, residual: Tensor | None, total: Tensor | None, weight: Tensor, epsilon: float, config: Config
-) -> tuple[Tensor, Tensor]:
-    """The normed rows [..., n], and of each one over its root mean square, float32 [rows]; fills `total`."""
+def _forward(x: Tensor, weight: Tensor, epsilon: float, config: Config) -> tuple[Tensor, Tensor]:
+    """The normed rows [..., n], and of each one over its root mean square, float32 [rows]."""
     rows = _rows(x)
-    more = None if residual is None else _rows(residual)
     result = torch.empty_like(x, memory_format=torch.contiguous_format)
     count, n = rows.shape
     scale = x.new_empty(count, dtype=torch.float32)
     if count:
         _forward_kernel[(triton.cdiv(count, config.forward_rows),)](
             rows,
-            more,
             weight.contiguous(),
-            total,
             result,
             scale,
             count,
             rows.stride(0),
-            0 if more is None else more.stride(0),
             epsilon,
             n,
             triton.next_power_of_2(n),
@@ -127,13 +85,11 @@ def _backward(
     weight: Tensor,
     scale: Tensor,
     d_result: Tensor,
-    d_total: Tensor | None,
     wants_weight: bool,
     config: Config,
 ) -> tuple[Tensor, Tensor | None]:
-    """The gradient of x, with `d_total` added where there is one, and what backward returns for the weight."""
+    """The gradient of x, and what backward returns for the weight."""
     rows, upstream = _rows(x), _rows(d_result)
-    more = None if d_total is None else _rows(d_total)
     d_x = torch.empty_like(x, memory_format=torch.contiguous_format)
     count, n = rows.shape
     programs = min(triton.cdiv(count, config.rows), config.programs)
@@ -144,13 +100,11 @@ def _backward(
             weight.contiguous(),
             scale,
             upstream,
-            more,
             d_x,
             partial,
             count,
             rows.stride(0),
             upstream.stride(0),
-            0 if more is None else more.stride(0),
             n,
             triton.next_power_of_2(n),
             config.rows,
@@ -184,20 +138,14 @@ def _rows(tensor: Tensor) -> Tensor:
 
 @triton.jit
 def _forward_kernel(
-    x, residual, weight, total, result, scale, count, x_stride, residual_stride, epsilon,
+    x, weight, result, scale, count, x_stride, epsilon,
     n: tl.constexpr, padded: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     """One block of rows a program."""
     rows = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)[:, None]
     columns = tl.arange(0, padded)[None, :]
     inside = (rows < count) & (columns < n)
-    values = tl.load(x + rows * x_stride + columns, mask=inside, other=0.0)
-    if residual is not None:
-        values = values.to(tl.float32)
-        values += tl.load(residual + rows * residual_stride + columns, mask=inside, other=0.0).to(tl.float32)
-        values = values.to(total.dtype.element_ty)  # what the next layer sees is what is normed
-        tl.store(total + rows * n + columns, values, mask=inside)
-    values = values.to(tl.float32)
+    values = tl.load(x + rows * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
     inverse = tl.rsqrt(tl.sum(values * values, axis=1)[:, None] / n + epsilon)
     tl.store(scale + rows, inverse, mask=rows < count)
     weights = tl.load(weight + columns, mask=columns < n, other=0.0).to(tl.float32)
@@ -207,7 +155,7 @@ def _forward_kernel(
 
 @triton.jit
 def _backward_kernel(
-    x, weight, scale, upstream, more, d_x, partial, count, x_stride, upstream_stride, more_stride,
+    x, weight, scale, upstream, d_x, partial, count, x_stride, upstream_stride,
     n: tl.constexpr, padded: tl.constexpr, block: tl.constexpr, stages: tl.constexpr,
 ):  # fmt: skip
     """Every m-th block of rows; what they add to the weight's gradient is one row of `partial` [programs,n]."""
@@ -228,8 +176,6 @@ def _backward_kernel(
         up *= weights
         mean = tl.sum(up * normal, axis=1)[:, None] / n
         result = inverse * (up - normal * mean)
-        if more is not None:
-            result += tl.load(more + rows * more_stride + columns, mask=inside, other=0.0).to(tl.float32)
         tl.store(d_x + rows * n + columns, result.to(d_x.dtype.element_ty), mask=inside)
     if partial is not None:
         place = tl.arange(0, padded)

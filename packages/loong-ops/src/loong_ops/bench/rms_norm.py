@@ -1,4 +1,4 @@
-"""The norms between the layers of Qwen3-30B-A3B and Qwen3-8B, alone and with the residual added in the same pass."""
+"""The norms between the layers of Qwen3-30B-A3B and Qwen3-8B."""
 
 from __future__ import annotations
 
@@ -33,30 +33,27 @@ def rows() -> list[Row]:
 def _rows() -> Iterator[Row]:
     for size in SIZES:
         for name in ("triton", "torch", "transformer_engine"):
-            yield from _both(size, name, False, ())
-        for name in ("triton", "torch"):
-            yield from _both(size, name, True, ())
+            yield from _both(size, name, ())
     for size in SIZES[:2]:
         for cut in SWEEP:
-            for added in (False, True):
-                yield from _both(size, f"triton[{','.join(map(str, cut))}]", added, cut)
+            yield from _both(size, f"triton[{','.join(map(str, cut))}]", cut)
 
 
-def _both(size: tuple[int, int], name: str, added: bool, cut: tuple[int, ...]) -> Iterator[Row]:
+def _both(size: tuple[int, int], name: str, cut: tuple[int, ...]) -> Iterator[Row]:
     if name == "transformer_engine":
         makers = [partial(_transformer_engine, direction, *size) for direction in ("forward", "backward")]
     else:
-        make = partial(_call, name, *size, added, cut)
+        make = partial(_call, name, *size, cut)
         makers = [partial(forward, make), partial(backward, make)]
-    # Forward x -> y, or x, residual -> sum, y; backward x, dy -> dx, or sum, dsum, dy -> dx.
-    for direction, maker, tensors in zip(("forward", "backward"), makers, (4, 4) if added else (2, 3), strict=True):
-        yield _row(size, name, added, direction, maker, tensors * size[0] * size[1] * 2)
+    # Forward x -> y; backward x, dy -> dx.
+    for direction, maker, tensors in zip(("forward", "backward"), makers, (2, 3), strict=True):
+        yield _row(size, name, direction, maker, tensors * size[0] * size[1] * 2)
 
 
-def _row(size: tuple[int, int], name: str, added: bool, direction: str, make: Callable[[], Thunk], moved: int) -> Row:
+def _row(size: tuple[int, int], name: str, direction: str, make: Callable[[], Thunk], moved: int) -> Row:
     return Row(
         op="rms_norm",
-        shape=f"t={size[0]} n={size[1]}{' with residual' if added else ''}",
+        shape=f"t={size[0]} n={size[1]}",
         name=name,
         direction=direction,
         make=make,
@@ -65,26 +62,16 @@ def _row(size: tuple[int, int], name: str, added: bool, direction: str, make: Ca
     )
 
 
-def _call(name: str, t: int, n: int, added: bool, cut: tuple[int, ...]) -> Call:
+def _call(name: str, t: int, n: int, cut: tuple[int, ...]) -> Call:
     import torch
 
     from loong_core.references import norm
-    from loong_ops.rms_norm import Config, add_rms_norm, rms_norm
+    from loong_ops.rms_norm import Config, rms_norm
 
-    config = Config(*cut) if cut else None
-    x, residual = (torch.randn(t, n, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+    x = torch.randn(t, n, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     weight = torch.ones(n, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    if not added:
-        ours: Callable[..., Any] = partial(rms_norm, _config=config)
-        return partial(norm.rms_norm if name == "torch" else ours, x, weight, 1e-6), [x, weight]
-    if name != "torch":
-        return partial(add_rms_norm, x, residual, weight, 1e-6, _config=config), [x, residual, weight]
-
-    def two_steps() -> tuple[torch.Tensor, torch.Tensor]:
-        total = x + residual
-        return total, norm.rms_norm(total, weight, 1e-6)
-
-    return two_steps, [x, residual, weight]
+    ours: Callable[..., Any] = partial(rms_norm, _config=Config(*cut) if cut else None)
+    return partial(norm.rms_norm if name == "torch" else ours, x, weight, 1e-6), [x, weight]
 
 
 def _transformer_engine(direction: str, t: int, n: int) -> Thunk:
