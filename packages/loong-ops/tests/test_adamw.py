@@ -61,12 +61,13 @@ def test_bfloat16_gradients_and_moments_are_widened() -> None:
 
 COMPILE = """
 import re
+import sys
 from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from loong_ops.adamw import CONFIG, _adamw_kernel
 
-pointers = ["*bf16", "*fp32", "*fp32", "*fp32", "*i16", "*fp32"]
+pointers = ["*bf16", sys.argv[1], "*fp32", "*fp32", "*i16", "*fp32"]
 types = [*pointers, "i64", *["fp32"] * 7, "constexpr", "constexpr"]
 signature = dict(zip(_adamw_kernel.arg_names, types, strict=True))
 aligned = {(index,): [["tt.divisibility", 16]] for index in range(7)}
@@ -77,10 +78,12 @@ print(kernel.metadata.shared, sorted(kind + width for kind, width in found))
 """
 
 
-def test_compiled_for_hopper_every_access_is_wide() -> None:
+@pytest.mark.parametrize(("gradient", "load"), [("*fp32", "ldv4"), ("*bf16", "ldv2")])
+def test_compiled_for_hopper_every_access_is_wide(gradient: str, load: str) -> None:
     """One 16-byte access a thread for each float32 tensor, one of 8 bytes for each 2-byte tensor; nothing goes through
     shared memory. The one narrow load is the scale's."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, check=True)
-    accesses = ["ld", "ldv2", "ldv2", "ldv4", "ldv4", "ldv4", "stv2", "stv2", "stv4", "stv4"]
+    command = [sys.executable, "-c", COMPILE, gradient]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    accesses = sorted([load, "ld", "ldv2", "ldv2", "ldv4", "ldv4", "stv2", "stv2", "stv4", "stv4"])
     assert done.stdout.strip() == f"0 {accesses}"

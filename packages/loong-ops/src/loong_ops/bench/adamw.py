@@ -31,8 +31,10 @@ def _rows() -> Iterator[Row]:
         for block, warps in SWEEP:
             make = partial(_fused, count, {"BLOCK": block, "num_warps": warps})
             yield _row(f"n={count} ({what})", f"triton[{block},w{warps}]", make, 28 * count, headline=False)
+        yield _row(f"n={count} ({what}), bfloat16 gradient", "triton", partial(_fused, count, narrow=True), 26 * count)
     count = SIZES["a layer's 128 up-projections"]
     yield _row(f"gradient norm, n={count}", "torch", partial(_norm, count), 4 * count)
+    yield _row(f"gradient norm, n={count}, bfloat16", "torch", partial(_norm, count, narrow=True), 2 * count)
     yield _row(f"gradient norm, n={count}", "transformer_engine", partial(_norm_of_te, count), 4 * count)
 
 
@@ -40,22 +42,23 @@ def _row(shape: str, name: str, make: Any, size: int, headline: bool = True) -> 
     return Row(op="adamw", shape=shape, name=name, direction="forward", make=make, bytes=float(size), headline=headline)
 
 
-def _tensors(count: int) -> list[Tensor]:
-    """Parameter, gradient, moments and remainder."""
+def _tensors(count: int, narrow: bool = False) -> list[Tensor]:
+    """Parameter, gradient (`narrow`: in bfloat16), moments and remainder."""
     import torch
 
     parameter = torch.randn(count, device="cuda").bfloat16()
-    gradient = torch.randn(count, device="cuda")
+    gradient = torch.randn(count, device="cuda", dtype=torch.bfloat16 if narrow else torch.float32)
     moments = [torch.zeros(count, device="cuda"), torch.zeros(count, device="cuda")]
     return [parameter, gradient, *moments, torch.zeros(count, device="cuda", dtype=torch.int16)]
 
 
-def _fused(count: int, config: dict[str, int] | None = None) -> Thunk:
+def _fused(count: int, config: dict[str, int] | None = None, narrow: bool = False) -> Thunk:
     import torch
 
     from loong_ops.adamw import adamw
 
-    return partial(adamw, *_tensors(count), **SETTINGS, scale=torch.ones((), device="cuda"), _config=config)
+    scale = torch.ones((), device="cuda")
+    return partial(adamw, *_tensors(count, narrow), **SETTINGS, scale=scale, _config=config)
 
 
 def _reference(count: int) -> Thunk:
@@ -104,11 +107,13 @@ def _torch(count: int) -> Thunk:
     return step
 
 
-def _norm(count: int) -> Thunk:
+def _norm(count: int, narrow: bool = False) -> Thunk:
     import torch
 
-    gradient = torch.randn(count, device="cuda")
-    return partial(torch.nn.utils.get_total_norm, [gradient])
+    from loong_core.parallel.adamw import sum_of_squares
+
+    gradient = torch.randn(count, device="cuda", dtype=torch.bfloat16 if narrow else torch.float32)
+    return partial(sum_of_squares, [gradient], "cuda")
 
 
 def _norm_of_te(count: int) -> Thunk:
