@@ -7,6 +7,7 @@ bfloat16 alone are compared with Transformer Engine's: neither may be much farth
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import os
 import subprocess
@@ -114,7 +115,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def multiplied(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Dense shapes with Transformer Engine's products, in fp32 and bf16, and with QuACK's."""
+    """Dense shapes with Transformer Engine's products and with QuACK's, beside fp32."""
     from loong_core.backends import cuda
     from loong_core.testing import tiny
 
@@ -132,7 +133,7 @@ def multiplied(tmp_path_factory: pytest.TempPathFactory) -> Path:
             data={"micro_batch": 2},
         )
         for shape in ("dense_tied", "biased")
-        for name, precision in (("torch", "fp32"), ("torch", "bf16"), ("quack", "bf16"))
+        for name, precision in (("torch", "fp32"), *itertools.product(("torch", "quack"), ("bf16", "bf16_gradients")))
     }
     return train(tmp_path_factory.mktemp("products"), recipes, "cuda")
 
@@ -209,11 +210,12 @@ def test_fused_gradients_on_a_gpu(shape: str, compiled: Path) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", ["dense_tied", "biased"])
-def test_gradients_of_products_on_a_gpu(shape: str, multiplied: Path) -> None:
-    names = [f"{shape}-{kind}" for kind in ("torch-fp32", "torch-bf16", "quack-bf16")]
+@pytest.mark.parametrize("kind", ["quack-bf16", "quack-bf16_gradients", "torch-bf16_gradients"])
+def test_gradients_of_products_on_a_gpu(kind: str, shape: str, multiplied: Path) -> None:
+    names = [f"{shape}-{name}" for name in ("torch-fp32", "torch-bf16", kind)]
     exact, upstream, found = (load_file(multiplied / f"{name}.safetensors") for name in names)
     wanted, _, report = (json.loads((multiplied / f"{name}.json").read_text()) for name in names)
-    assert {report["ops"][op] for op in PRODUCTS} == {"quack"}
+    assert {report["ops"][op] for op in PRODUCTS} == {kind.partition("-")[0]}
     assert found.keys() == exact.keys()
     for role, gradient in exact.items():
         allowed = 2 * (upstream[role] - gradient).norm() + 5 * TOLERANCE * gradient.norm()
