@@ -51,7 +51,14 @@ def loong_ops() -> Iterable[OpImpl]:
         )
         for op, module in QUACK.items()
     ]
-    return [*kernels, flash, *quack]
+    cublas = OpImpl(
+        op="linear",
+        name="cublas",
+        target="loong_ops.linear:linear",
+        backends=frozenset({"cuda"}),
+        rank=10,
+    )
+    return [*kernels, flash, cublas, *quack]
 
 
 @hookimpl
@@ -71,6 +78,7 @@ TRITON: dict[str, str] = {
     "rotary_qkv": "rotary_qkv",
     "swiglu": "swiglu",
     "geglu": "geglu",
+    "gated_mlp": "gated_mlp",
     "ada_rms_norm": "modulation",
     "layer_norm_modulate": "modulation",
     "gated_residual": "gated_residual",

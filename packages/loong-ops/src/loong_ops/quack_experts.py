@@ -23,7 +23,8 @@ from torch.autograd.function import once_differentiable
 
 from loong_core.parallel import gradient_buffer
 from loong_ops.permutation import sort_by_expert
-from loong_ops.quack_products import ALIGNMENT, Tile, config, fits, needs_bfloat16, plain, product, weight_gradient
+from loong_ops.quack_products import ALIGNMENT, Tile, config, fits, needs_bfloat16, plain, product
+from loong_ops.weight_gradient import weight_gradient
 
 TILES: Mapping[str, Tile] = {
     "up": Tile(128, 192, pingpong=True),

@@ -23,9 +23,9 @@ from loong_ops.quack_products import (
     product,
     rows_of,
     tile_for,
-    weight_gradient,
 )
 from loong_ops.swiglu import swiglu
+from loong_ops.weight_gradient import weight_gradient
 
 TILES: Mapping[str, Tile] = {"up": Tile(128, 192, pingpong=True), "d_act": Tile(128, 192, pingpong=True)}
 """The products with SwiGLU in their epilogue: 693 and 653 TFLOP/s at the sizes of `bench/gated_mlp.py` on an H200. Of

@@ -8,14 +8,12 @@ the projected rows and their gradient, has alternating columns.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from loong_core.errors import Unsupported
-from loong_core.parallel import gradient_buffer
 
 ALIGNMENT = 8
 """Sizes must be multiples of this many bfloat16 numbers (16 bytes, what a tensor map can step over)."""
@@ -91,28 +89,6 @@ def product(left: Tensor, right: Tensor, out: Tensor, tile: Tile, **options: Any
     from quack.gemm import gemm
 
     gemm(left, right, out, None, None, tile.rows, tile.columns, tile.cluster, 1, pingpong=tile.pingpong, **options)
-
-
-def weight_gradient(weight: Tensor, write: Callable[[Tensor, bool], None]) -> Tensor | None:
-    """The gradient of `weight`: None once it lies in the weight's buffer, in float32 or bfloat16.
-
-    `write(target, add)` writes it over, or adds it to, `target`, which is shaped as the weight and contiguous. QuACK's
-    `add_to_output` adds in the memory system: a bfloat16 buffer gets the sum of two rounded numbers, rounded.
-    """
-    buffer, empty = gradient_buffer.buffer_to_fill(weight)
-    if buffer is None:
-        target = torch.empty_like(weight, memory_format=torch.contiguous_format)
-        write(target, False)
-        return target
-    # A tensor map starts at a multiple of 16 bytes.
-    if buffer.is_contiguous() and buffer.data_ptr() % 16 == 0:
-        write(buffer, not empty)
-    else:
-        target = torch.empty(buffer.shape, dtype=torch.float32, device=buffer.device)
-        write(target, False)
-        (buffer.copy_ if empty else buffer.add_)(target)
-    gradient_buffer.mark_added(weight)
-    return None
 
 
 @functools.cache

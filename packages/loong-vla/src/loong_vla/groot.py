@@ -43,14 +43,14 @@ class Groot(nn.Module):
         super().__init__()
         fields = shape.fields
         self.shape = shape
-        self.vision = _tower(fields)
+        self.vision = _tower(fields, ops)
         first = (
             0
             if _learns_to_see(fields)
             else next((layer for layer in range(fields["layers"]) if trained_layer(fields, layer)), fields["layers"])
         )
         self.llm = Language(fields, ops, first)
-        self.refiner = Refiner(fields)
+        self.refiner = Refiner(fields, ops)
         self.slots = Embodiments(fields["slots"], fields["embodiments"])
         self.dit = Diffusion(fields, ops)
 
@@ -166,8 +166,8 @@ class Groot(nn.Module):
         return slots.apply_layer("decoder_out", inner, packing.slots).float()
 
 
-def _tower(fields: Mapping[str, Any]) -> QwenTower | EagleTower:
-    return QwenTower(fields) if fields["tower"] == "qwen3_vl" else EagleTower(fields)
+def _tower(fields: Mapping[str, Any], ops: Ops) -> QwenTower | EagleTower:
+    return QwenTower(fields, ops) if fields["tower"] == "qwen3_vl" else EagleTower(fields, ops)
 
 
 def _learns_to_see(fields: Mapping[str, Any]) -> bool:

@@ -49,13 +49,12 @@ def token_major(table: Tensor, merge: int) -> Tensor:
 
 
 class Tables(NamedTuple):
-    """Of one image size: which learned positions make that of a patch ([4,p]) with which weights ([4,p,1]), and the
-    rotation of every patch, cosine and sine [p,d]."""
+    """Of one image size: which learned positions make that of a patch ([4,p]) with which weights ([4,p,1]), and how far
+    the heads of every patch turn, [1,p,1,d] in radians."""
 
     corners: Tensor
     shares: Tensor
-    cosine: Tensor
-    sine: Tensor
+    angles: Tensor
 
 
 class QwenTower(nn.Module):
@@ -65,13 +64,13 @@ class QwenTower(nn.Module):
     patch_bias: Tensor
     positions: Tensor
 
-    def __init__(self, fields: Mapping[str, Any]) -> None:
+    def __init__(self, fields: Mapping[str, Any], ops: Ops) -> None:
         super().__init__()
         self.size, self.merge, self.frames = fields["patch"], fields["merge"], fields["patch_frames"]
         self.head_dim = fields["vision_hidden"] // fields["vision_heads"]
         self.side = round(fields["vision_positions"] ** 0.5)
         self.taps = {layer: index for index, layer in enumerate(fields["deepstack"])}
-        self.layers = nn.ModuleList(Block(fields["vision_heads"], EPSILON) for _ in range(fields["vision_layers"]))
+        self.layers = nn.ModuleList(Block(ops, fields["vision_heads"], EPSILON) for _ in range(fields["vision_layers"]))
         self.merger = Merger(norm_first=True)
         self.deep = nn.ModuleList(Merger(norm_first=False) for _ in self.taps)
         self._tables: dict[tuple[int, int, torch.device], Tables] = {}
@@ -85,7 +84,7 @@ class QwenTower(nn.Module):
         x = x + (self.positions[tables.corners].float() * tables.shares).sum(0).to(x.dtype)
         deep: list[Tensor] = [x] * len(self.taps)
         for index, layer in enumerate(self.layers):
-            x = layer(x, (tables.cosine, tables.sine))
+            x = layer(x, tables.angles)
             if index in self.taps:
                 tap = self.taps[index]
                 deep[tap] = self.deep[tap](x, self.merge**2)
@@ -117,7 +116,7 @@ class QwenTower(nn.Module):
         )
         turns = token_major(turns.repeat(1, 1, 2), self.merge)
         corner, share = (token_major(torch.stack(part, -1), self.merge).t() for part in (corners, shares))
-        return Tables(corner.contiguous(), share[..., None].contiguous(), turns.cos(), turns.sin())
+        return Tables(corner.contiguous(), share[..., None].contiguous(), turns[None, :, None])
 
 
 class Merger(nn.Module):

@@ -1,21 +1,24 @@
-"""What the towers and the action head of GR00T share: attention without positions, norms and MLPs with biases.
+"""What the towers and the action head of GR00T share: attention over whole sequences, norms and MLPs with biases.
 
 Parameters are registered from outside, by role (`loong_vla.groot.build`); the annotations say which ones a block has.
-Shape legend: b batch, s rows, k keys, n width, h heads, d head size.
+Heads stay where products put them, behind the rows: attention kernels read them there, and write likewise, so nothing
+is copied. Shape legend: b batch, s rows, k keys, n width, h heads, d head size.
 """
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
+
+from loong_core.ops import Ops
 
 
 class Block(nn.Module):
     """A pre-norm block with self-attention in which every row sees every key: x [b,s,n] -> [b,s,n].
 
-    `turn` rotates queries and keys [b,h,s,d]; `keys` [b,s] says which rows may be seen (None: all). With `dropout`,
-    both branches are dropped as in diffusers' blocks: attention's output twice, the MLP inside and at its end.
+    `angles` [1,s,1,d] in radians rotate queries and keys; `keys` [b,s] says which rows may be seen (None: all). With
+    `dropout`, both branches are dropped as in diffusers' blocks: attention's output twice, the MLP inside and at its
+    end.
     """
 
     norm1: Tensor
@@ -31,17 +34,18 @@ class Block(nn.Module):
     down: Tensor
     down_bias: Tensor
 
-    def __init__(self, heads: int, epsilon: float, dropout: float = 0.0) -> None:
+    def __init__(self, ops: Ops, heads: int, epsilon: float, dropout: float = 0.0) -> None:
         super().__init__()
-        self.heads, self.epsilon, self.dropout = heads, epsilon, dropout
+        self.heads, self.epsilon, self.dropout, self._rotary = heads, epsilon, dropout, ops.rotary_qkv
 
-    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor] | None = None, keys: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, angles: Tensor | None = None, keys: Tensor | None = None) -> Tensor:
         rate = self.dropout if self.training else 0.0
         mixed = functional.linear(norm(x, self.norm1, self.norm1_bias, self.epsilon), self.qkv, self.qkv_bias)
-        parts = heads_first(mixed, 3, self.heads)
-        query, key, value = parts.unbind(0)
-        if angles is not None:
-            query, key = turned(parts[:2], *angles).unbind(0)
+        parts = split(mixed, 3, self.heads)
+        if angles is None:
+            query, key, value = parts.unbind(2)
+        else:  # the op's rows are our samples: each head is a group of one query, key and value
+            query, key, value = self._rotary(parts.transpose(2, 3), angles, None, None, 0.0)
         seen = attend(query, key, value, keys)
         x = x + dropped(functional.linear(seen, self.out, self.out_bias), twice(rate))
         inner = functional.linear(norm(x, self.norm2, self.norm2_bias, self.epsilon), self.up, self.up_bias)
@@ -54,24 +58,18 @@ def norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, epsilon: float) 
     return functional.layer_norm(x, x.shape[-1:], weight, bias, epsilon)
 
 
-def heads_first(mixed: Tensor, parts: int, heads: int) -> Tensor:
-    """[b,s,parts*h*d] -> a view [parts,b,h,s,d]."""
+def split(mixed: Tensor, parts: int, heads: int) -> Tensor:
+    """[b,s,parts*h*d] -> a view [b,s,parts,h,d]."""
     b, s, _ = mixed.shape
-    return mixed.view(b, s, parts, heads, -1).permute(2, 0, 3, 1, 4)
+    return mixed.view(b, s, parts, heads, -1)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, keys: Tensor | None) -> Tensor:
-    """query [b,h,s,d], key and value [b,h,k,d], keys [b,k] bool (None: all are seen) -> [b,s,h*d]."""
+    """query [b,s,h,d], key and value [b,k,h,d], keys [b,k] bool (None: all are seen) -> [b,s,h*d]."""
     mask = None if keys is None else keys[:, None, None, :]
+    query, key, value = (part.transpose(1, 2) for part in (query, key, value))
     out = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
     return out.transpose(1, 2).flatten(2)
-
-
-def turned(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """x [...,s,d] rotated in pairs (i, i + d/2), computed in float32; cosine and sine [s,d]."""
-    wide = x.float()
-    first, second = wide.chunk(2, dim=-1)
-    return (wide * cosine + torch.cat((-second, first), dim=-1) * sine).to(x.dtype)
 
 
 def dropped(x: Tensor, rate: float) -> Tensor:

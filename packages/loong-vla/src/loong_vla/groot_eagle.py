@@ -14,6 +14,7 @@ from typing import Any
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
+from loong_core.ops import Ops
 from loong_vla.groot_backbone import EPSILON, normalised, patchified, token_major
 from loong_vla.groot_blocks import Block, norm
 
@@ -27,11 +28,11 @@ class EagleTower(nn.Module):
     norm: Tensor
     norm_bias: Tensor
 
-    def __init__(self, fields: Mapping[str, Any]) -> None:
+    def __init__(self, fields: Mapping[str, Any], ops: Ops) -> None:
         super().__init__()
         self.size, self.merge = fields["patch"], fields["merge"]
         self.side = round(fields["vision_positions"] ** 0.5)
-        self.layers = nn.ModuleList(Block(fields["vision_heads"], EPSILON) for _ in range(fields["vision_layers"]))
+        self.layers = nn.ModuleList(Block(ops, fields["vision_heads"], EPSILON) for _ in range(fields["vision_layers"]))
         self.merger = Projector()
 
     def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:

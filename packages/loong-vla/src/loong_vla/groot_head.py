@@ -19,7 +19,7 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from loong_core.ops import Ops
-from loong_vla.groot_blocks import Block, attend, dropped, heads_first, norm, twice
+from loong_vla.groot_blocks import Block, attend, dropped, norm, split, twice
 from loong_vla.groot_parameters import cross_blocks
 
 EPSILON = 1e-5
@@ -27,7 +27,7 @@ EPSILON = 1e-5
 
 
 class Memory(NamedTuple):
-    """Of every block that reads text (or images): keys and values [blocks] of ([b,h,k,d], [b,h,k,d]), and which rows of
+    """Of every block that reads text (or images): keys and values [blocks] of ([b,k,h,d], [b,k,h,d]), and which rows of
     them are seen, [b,k] (None: all)."""
 
     pairs: list[tuple[Tensor, Tensor]]
@@ -40,11 +40,11 @@ class Refiner(nn.Module):
     norm: Tensor
     norm_bias: Tensor
 
-    def __init__(self, fields: Mapping[str, Any]) -> None:
+    def __init__(self, fields: Mapping[str, Any], ops: Ops) -> None:
         super().__init__()
         rate = fields["refiner_dropout"] if fields["tune_vlln"] else 0.0
         self.layers = nn.ModuleList(
-            Block(fields["refiner_heads"], EPSILON, rate) for _ in range(fields["refiner_layers"])
+            Block(ops, fields["refiner_heads"], EPSILON, rate) for _ in range(fields["refiner_layers"])
         )
 
     def forward(self, features: Tensor, keys: Tensor | None) -> Tensor:
@@ -84,9 +84,9 @@ class DiffusionBlock(nn.Module):
         rate = self.dropout if self.training else 0.0
         normal = self._norm(x, scale, shift, EPSILON)
         if pair is None:
-            query, key, value = heads_first(functional.linear(normal, self.qkv, self.qkv_bias), 3, self.heads).unbind(0)
+            query, key, value = split(functional.linear(normal, self.qkv, self.qkv_bias), 3, self.heads).unbind(2)
         else:
-            (query,) = heads_first(functional.linear(normal, self.q, self.q_bias), 1, self.heads)
+            query = split(functional.linear(normal, self.q, self.q_bias), 1, self.heads)[:, :, 0]
             key, value = pair
         found = attend(query, key, value, seen)
         x = x + dropped(functional.linear(found, self.out, self.out_bias), twice(rate))
@@ -156,7 +156,7 @@ class Diffusion(nn.Module):
     def _pairs(self, mixed: Tensor) -> list[tuple[Tensor, Tensor]]:
         b, k, rows = mixed.shape
         blocks = rows // (2 * self.out.shape[1])
-        parts = mixed.view(b, k, blocks, 2, self.heads, -1).permute(2, 3, 0, 4, 1, 5).unbind(0)
+        parts = mixed.view(b, k, blocks, 2, self.heads, -1).permute(2, 3, 0, 1, 4, 5).unbind(0)
         return [(part[0], part[1]) for part in parts]
 
 

@@ -1,0 +1,59 @@
+"""The op `linear` by torch's products (cuBLAS), with weights' gradients written where the engine sums them.
+
+Autograd would round a weight's gradient to the weight's dtype and leave it to the engine to add it to the buffer: a
+pass of eight bytes a weight that is not needed. Shape legend: t rows (all leading dims as one), n inputs, m outputs.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from loong_ops.weight_gradient import delivered, weight_gradient
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """As `loong_core.references.linear.linear`: x [..., n], weight [m,n], bias [m] or None -> [..., m] in x's dtype."""
+    if torch.compiler.is_compiling():  # a compiled graph has no place for writing to a buffer beside it
+        return functional.linear(x, weight, bias)
+    result: Tensor = _Linear.apply(x, weight, bias)
+    return result
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight, bias)
+        return functional.linear(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        d_x = gradient.matmul(weight) if needs_x else None
+        d_out = gradient.reshape(-1, len(weight))
+        d_weight = d_bias = None
+        if needs_weight:
+            d_weight = weight_gradient(weight, partial(outer, d_out, x.reshape(-1, x.shape[-1])))
+        if needs_bias:
+            d_bias = delivered(bias, d_out.sum(0, dtype=torch.promote_types(d_out.dtype, torch.float32)))
+        return d_x, d_weight, d_bias
+
+
+def outer(left: Tensor, right: Tensor, out: Tensor, add: bool) -> None:
+    """out [m,n] (+)= left [t,m]^T @ right [t,n], in out's dtype."""
+    if not len(left):
+        if not add:
+            out.zero_()
+    elif out.dtype == left.dtype:
+        torch.addmm(out, left.t(), right, beta=float(add), out=out)
+    elif out.device.type == "cuda":
+        torch.addmm(out, left.t(), right, out_dtype=out.dtype, beta=float(add), out=out)
+    else:  # a CPU multiplies equal dtypes only
+        torch.addmm(out, left.t().to(out.dtype), right.to(out.dtype), beta=float(add), out=out)

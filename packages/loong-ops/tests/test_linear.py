@@ -1,0 +1,63 @@
+"""The op `linear` by torch's products: the contract, and where gradients of weights go."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from loong_core.references.linear import linear as reference
+from loong_core.testing.op import OpContract, error
+from loong_ops.linear import linear
+
+
+class TestLinear(OpContract):
+    op = "linear"
+    implementation = "cublas"
+    backend = "cuda"
+    dtypes = ("float32", "bfloat16", "float16", "float64")
+
+
+@pytest.mark.gpu
+class TestLinearOnDevice(OpContract):
+    op = "linear"
+    implementation = "cublas"
+    backend = "cuda"
+    device = "cuda"
+    dtypes = ("float32", "bfloat16", "float16", "float64")
+
+
+@pytest.mark.parametrize("empty", [True, False])
+@pytest.mark.parametrize("start", [0, 1])  # 1: a buffer that begins between two lines of 16 bytes
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_gradients_of_weights_go_into_the_buffers(dtype: torch.dtype, limit: float, start: int, empty: bool) -> None:
+    generator = torch.Generator().manual_seed(5)
+    drawn = (torch.randn(shape, generator=generator) for shape in ((3, 7, 15), (21, 15), (21,)))
+    x, *parameters = (tensor.bfloat16().requires_grad_() for tensor in drawn)
+    wide = [tensor.detach().float().requires_grad_() for tensor in (x, *parameters)]
+    reference(*wide).cos().sum().backward()
+    for parameter in parameters:
+        memory = torch.full((start + parameter.numel(),), math.nan if empty else 0.0, dtype=dtype)
+        parameter.main_grad = memory[start:].view(parameter.shape)
+        parameter.main_grad_empty = empty
+    for times in (1, 2):
+        # The reference's upstream, so that only this product's rounding is measured.
+        linear(x, *parameters).backward(-reference(*wide).sin().detach())
+        for parameter, exact in zip(parameters, wide[1:], strict=True):
+            assert exact.grad is not None and parameter.grad_added_to_main_grad
+            assert error(parameter.main_grad, times * exact.grad) < max(limit, 1e-2)
+
+
+def test_without_rows_the_buffer_is_complete_all_the_same() -> None:
+    weight = torch.randn(4, 3).requires_grad_()
+    weight.main_grad, weight.main_grad_empty = torch.full((4, 3), math.nan), True  # type: ignore[attr-defined]
+    linear(torch.zeros(0, 3), weight).sum().backward()
+    assert bool((weight.main_grad == 0).all())  # type: ignore[attr-defined]
+
+
+def test_a_compiled_graph_keeps_the_gradient() -> None:
+    x, weight = torch.randn(5, 3), torch.randn(4, 3).requires_grad_()
+    compiled = torch.compile(linear, backend="aot_eager", fullgraph=True)
+    compiled(x, weight, None).sum().backward()
+    torch.testing.assert_close(weight.grad, x.sum(0).expand(4, 3))
