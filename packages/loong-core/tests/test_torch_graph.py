@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -72,6 +73,9 @@ def with_graphs(engine: Any, most: int = 8) -> Recorder:
 
     recorder = Recorder(engine)
     stand_ins = {"graph_pool_handle": lambda: None, "CUDAGraph": SimpleNamespace, "graph": recorder.graph}
+    # Each look at the memory finds 100 bytes more of it without use.
+    seen = itertools.count(0, 100)
+    stand_ins |= {"memory_reserved": lambda device: 1000 + next(seen), "memory_allocated": lambda device: 900}
     for name, value in stand_ins.items():
         mock.patch.object(torch.cuda, name, value, create=True).start()
     engine._graphs = Graphs(recorder.function, most, "cpu")
@@ -97,12 +101,13 @@ def test_graphs_train_as_eager_passes(most: int, tmp_path: Path) -> None:
         run, engine = tiny.start(recipe(), tmp_path)
         recorder = with_graphs(engine, most)
         found = advance(run, engine, 5)
-        return [exact, found, recorder.replays, len(engine._graphs._graphs)]
+        return [exact, found, recorder.replays, len(engine._graphs._graphs), engine.idle_bytes()]
 
-    exact, found, replays, graphs = run_ranks(1, work)[0]
+    exact, found, replays, graphs, idle = run_ranks(1, work)[0]
     assert found == exact
     # Of six micro-batches in a step one is the first, one is shorter, four are alike.
     assert graphs == min(most, 3) and replays >= 10
+    assert idle == 100 * graphs
 
 
 def test_a_model_that_cannot_be_captured_trains_without_graphs(tmp_path: Path) -> None:

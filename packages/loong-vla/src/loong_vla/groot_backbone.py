@@ -187,13 +187,13 @@ class LanguageLayer(nn.Module):
 
     def forward(self, x: Tensor, angles: Tensor, real: Tensor | None) -> Tensor:
         ops, (rows, batch, _) = self.ops, x.shape
-        mixed = functional.linear(ops.rms_norm(x, self.norm1, self.epsilon), self.qkv)
+        mixed = ops.linear(ops.rms_norm(x, self.norm1, self.epsilon), self.qkv)
         mixed = mixed.view(rows, batch, self.groups, -1, self.head_dim)
         query, key, value = ops.rotary_qkv(mixed, angles, self.q_norm, self.k_norm, self.epsilon)
         seen = ops.attention(query, key, value, scale=self.head_dim**-0.5)
         if real is not None:
             seen = seen * real
-        x = x + functional.linear(seen, self.out)
+        x = x + ops.linear(seen, self.out)
         return x + ops.gated_mlp(ops.rms_norm(x, self.norm2, self.epsilon), self.up, self.down)
 
 

@@ -36,21 +36,21 @@ class Block(nn.Module):
 
     def __init__(self, ops: Ops, heads: int, epsilon: float, dropout: float = 0.0) -> None:
         super().__init__()
-        self.heads, self.epsilon, self.dropout, self._rotary = heads, epsilon, dropout, ops.rotary_qkv
+        self.heads, self.epsilon, self.dropout, self.ops = heads, epsilon, dropout, ops
 
     def forward(self, x: Tensor, angles: Tensor | None = None, keys: Tensor | None = None) -> Tensor:
-        rate = self.dropout if self.training else 0.0
-        mixed = functional.linear(norm(x, self.norm1, self.norm1_bias, self.epsilon), self.qkv, self.qkv_bias)
+        linear, rate = self.ops.linear, self.dropout if self.training else 0.0
+        mixed = linear(norm(x, self.norm1, self.norm1_bias, self.epsilon), self.qkv, self.qkv_bias)
         parts = split(mixed, 3, self.heads)
         if angles is None:
             query, key, value = parts.unbind(2)
         else:  # the op's rows are our samples: each head is a group of one query, key and value
-            query, key, value = self._rotary(parts.transpose(2, 3), angles, None, None, 0.0)
+            query, key, value = self.ops.rotary_qkv(parts.transpose(2, 3), angles, None, None, 0.0)
         seen = attend(query, key, value, keys)
-        x = x + dropped(functional.linear(seen, self.out, self.out_bias), twice(rate))
-        inner = functional.linear(norm(x, self.norm2, self.norm2_bias, self.epsilon), self.up, self.up_bias)
+        x = x + dropped(linear(seen, self.out, self.out_bias), twice(rate))
+        inner = linear(norm(x, self.norm2, self.norm2_bias, self.epsilon), self.up, self.up_bias)
         inner = dropped(functional.gelu(inner, approximate="tanh"), rate)
-        return x + dropped(functional.linear(inner, self.down, self.down_bias), rate)
+        return x + dropped(linear(inner, self.down, self.down_bias), rate)
 
 
 def norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, epsilon: float) -> Tensor:

@@ -70,7 +70,7 @@ class DiffusionBlock(nn.Module):
 
     def __init__(self, heads: int, dropout: float, ops: Ops) -> None:
         super().__init__()
-        self.heads, self.dropout, self._norm = heads, dropout, ops.layer_norm_modulate
+        self.heads, self.dropout, self.ops = heads, dropout, ops
 
     def forward(
         self,
@@ -81,18 +81,18 @@ class DiffusionBlock(nn.Module):
         seen: Tensor | None = None,
     ) -> Tensor:
         """`scale` and `shift` [b,n] are those of the first norm; `pair` is the memory of an even block."""
-        rate = self.dropout if self.training else 0.0
-        normal = self._norm(x, scale, shift, EPSILON)
+        linear, rate = self.ops.linear, self.dropout if self.training else 0.0
+        normal = self.ops.layer_norm_modulate(x, scale, shift, EPSILON)
         if pair is None:
-            query, key, value = split(functional.linear(normal, self.qkv, self.qkv_bias), 3, self.heads).unbind(2)
+            query, key, value = split(linear(normal, self.qkv, self.qkv_bias), 3, self.heads).unbind(2)
         else:
-            query = split(functional.linear(normal, self.q, self.q_bias), 1, self.heads)[:, :, 0]
+            query = split(linear(normal, self.q, self.q_bias), 1, self.heads)[:, :, 0]
             key, value = pair
         found = attend(query, key, value, seen)
-        x = x + dropped(functional.linear(found, self.out, self.out_bias), twice(rate))
-        inner = functional.linear(norm(x, None, None, EPSILON), self.up, self.up_bias)
+        x = x + dropped(linear(found, self.out, self.out_bias), twice(rate))
+        inner = linear(norm(x, None, None, EPSILON), self.up, self.up_bias)
         inner = dropped(functional.gelu(inner, approximate="tanh"), rate)
-        return x + dropped(functional.linear(inner, self.down, self.down_bias), rate)
+        return x + dropped(linear(inner, self.down, self.down_bias), rate)
 
 
 class Diffusion(nn.Module):
@@ -114,7 +114,7 @@ class Diffusion(nn.Module):
     def __init__(self, fields: Mapping[str, Any], ops: Ops) -> None:
         super().__init__()
         rate = fields["dropout"] if fields["tune_diffusion"] else 0.0
-        self._norm = ops.layer_norm_modulate
+        self.ops = ops
         self.heads, self.waves = fields["dit_heads"], fields["time_waves"]
         self.text_blocks = set(cross_blocks(fields)[0])
         self.layers = nn.ModuleList(DiffusionBlock(self.heads, rate, ops) for _ in range(fields["dit_layers"]))
@@ -124,14 +124,14 @@ class Diffusion(nn.Module):
     ) -> list[Memory]:
         """Memories of text [b,k,f] and of images: one matrix product each, for all blocks that read them."""
         return [
-            Memory(self._pairs(functional.linear(text, self.text_kv, self.text_kv_bias)), text_seen),
-            Memory(self._pairs(functional.linear(images, self.image_kv, self.image_kv_bias)), images_seen),
+            Memory(self._pairs(self.ops.linear(text, self.text_kv, self.text_kv_bias)), text_seen),
+            Memory(self._pairs(self.ops.linear(images, self.image_kv, self.image_kv_bias)), images_seen),
         ]
 
     def forward(self, x: Tensor, memories: Sequence[Memory], bucket: Tensor) -> Tensor:
         width = x.shape[-1]
         time = functional.silu(self._time(bucket, x.dtype))
-        modulation = functional.linear(time, self.modulation, self.modulation_bias)
+        modulation = self.ops.linear(time, self.modulation, self.modulation_bias)
         scales = modulation.view(x.shape[0], -1, 2, width).unbind(1)
         text, images = (iter(memory.pairs) for memory in memories)
         for index, layer in enumerate(self.layers):
@@ -143,15 +143,15 @@ class Diffusion(nn.Module):
             else:
                 x = layer(x, scale, shift, next(images), memories[1].seen)
         shift, scale = scales[-1].unbind(1)  # the last one is stored the other way round
-        return functional.linear(self._norm(x, scale, shift, 1e-6), self.out, self.out_bias)
+        return self.ops.linear(self.ops.layer_norm_modulate(x, scale, shift, 1e-6), self.out, self.out_bias)
 
     def _time(self, bucket: Tensor, dtype: torch.dtype) -> Tensor:
         half = self.waves // 2
         rates = torch.exp(torch.arange(half, device=bucket.device) * (-math.log(10000.0) / (half - 1)))
         phase = bucket[:, None].float() * rates
         waves = torch.cat((phase.cos(), phase.sin()), dim=1).to(dtype)
-        inner = functional.silu(functional.linear(waves, self.time_in, self.time_in_bias))
-        return functional.linear(inner, self.time_out, self.time_out_bias)
+        inner = functional.silu(self.ops.linear(waves, self.time_in, self.time_in_bias))
+        return self.ops.linear(inner, self.time_out, self.time_out_bias)
 
     def _pairs(self, mixed: Tensor) -> list[tuple[Tensor, Tensor]]:
         b, k, rows = mixed.shape

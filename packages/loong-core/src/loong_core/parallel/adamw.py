@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from loong_core.errors import Unsupported
+from loong_core.parallel.fetch import Fetched
 from loong_core.references.adamw import join, split
 
 if TYPE_CHECKING:
@@ -109,6 +110,7 @@ class AdamW:
         self._update = update
         self._device = device
         self._split = split_dtype(precision)
+        self._measured: tuple[Tensor, Fetched] | None = None
 
     # ------------------------------------------------------------------------------------------ its state
     def trains(self, parameter: Tensor) -> bool:
@@ -139,11 +141,14 @@ class AdamW:
         """One update at learning rate `lr`; returns the global norm of the gradients before clipping.
 
         The gradients are what the buffers hold times `gradient_scale`, a scalar tensor. The only wait for the device is
-        the one for the norm, after everything has been launched. A norm that is not finite leaves parameters and state
-        as they are, on every rank.
+        the one for the norm: while the device updates, the host goes on to the next step. A norm that is not finite
+        leaves parameters and state as they are, on every rank.
         """
         section = self._section
-        norm = self._norm() * gradient_scale
+        if self._measured is None:
+            self.measure(gradient_scale)
+        assert self._measured is not None
+        (norm, fetched), self._measured = self._measured, None
         limit = math.inf if section.clip is None else section.clip
         clipped = (limit / (norm + 1e-6)).clamp(max=1.0) * gradient_scale
         scale = torch.where(norm.isfinite(), clipped, math.nan)
@@ -162,9 +167,15 @@ class AdamW:
                 scale=scale,
             )
         self._updated()
-        found = float(norm)
+        found = float(fetched.get())
         self.steps += math.isfinite(found)
         return found
+
+    @torch.no_grad()
+    def measure(self, gradient_scale: Tensor) -> None:
+        """Have the device work on the norm that the next `step` needs. For engines that wait for the losses first."""
+        norm = self._norm() * gradient_scale
+        self._measured = norm, Fetched(norm)
 
     def _updated(self) -> None:
         """Called once every update is launched, before the wait for the norm."""

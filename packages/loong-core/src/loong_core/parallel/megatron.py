@@ -354,6 +354,10 @@ class MegatronEngine:
         """Read what `save_state` wrote under any layout; `optimizer=False` reads the weights alone."""
         megatron_state.load(folder, self, self._optimizer if optimizer else None)
 
+    def idle_bytes(self) -> int:
+        """None: there are no graphs."""
+        return 0
+
     def close(self) -> None:
         """Forget megatron's groups; torch's process group belongs to the worker."""
         parallel_state.destroy_model_parallel()

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from loong_core.parallel import torch_state
 from loong_core.parallel.build import BuildContext, LossContext
+from loong_core.parallel.fetch import Fetched
 from loong_core.parallel.torch_flat import FlatStore
 from loong_core.parallel.torch_graph import Graphs
 from loong_core.parallel.torch_holdings import Holdings
@@ -168,7 +169,10 @@ class TorchEngine:
         assert sums is not None, "a step without micro-batches"
         dist.all_reduce(sums)
         self.gradient_scale = 1.0 / sums[self._names.index("count")].clamp(min=1).float()
-        return self._means(sums)
+        fetched = Fetched(sums)
+        assert self.trainer is not None
+        self.trainer.measure(self.gradient_scale)
+        return self._means(fetched.get())
 
     def _micro_batch(self, batch: Batch, first: bool, last: bool) -> Tensor:
         """Forward and backward; what is reported, as sums in the order of `_names`."""
@@ -214,7 +218,7 @@ class TorchEngine:
         return self._means(sums)
 
     def _means(self, sums: Tensor) -> dict[str, float]:
-        """Means over counted elements, of sums over micro-batches and ranks. The host waits for the device here."""
+        """Means over counted elements, of sums over micro-batches and ranks."""
         values = dict(zip(self._names, sums.tolist(), strict=True))
         counted = values.pop("count")
         return {"counted": counted} | {name: value / max(counted, 1.0) for name, value in values.items()}
@@ -264,6 +268,10 @@ class TorchEngine:
         if self._flat is not None:
             self._flat.gather()
             self._flat.gathered()
+
+    def idle_bytes(self) -> int:
+        """What CUDA graphs use while they run."""
+        return 0 if self._graphs is None else self._graphs.idle_bytes
 
     def close(self) -> None:
         """Nothing to release: torch's process group belongs to the worker."""

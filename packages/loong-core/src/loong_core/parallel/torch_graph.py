@@ -40,8 +40,10 @@ class Graphs:
 
     def __init__(self, function: Callable[[Batch], Tensor], most: int, device: str) -> None:
         self.works = True
+        self.idle_bytes = 0
+        """What graphs use while they run, which the allocator counts as allocated only while they are captured."""
         self.stream = torch.cuda.Stream(device)
-        self._function = function
+        self._function, self._device = function, device
         self._most = most
         self._pool = torch.cuda.graph_pool_handle()
         self._seen: dict[Key, int] = {}
@@ -77,7 +79,7 @@ class Graphs:
     def _capture(self, key: Key, batch: Batch, store: FlatStore) -> Captured | None:
         """Record one micro-batch; nothing is computed yet."""
         static = {name: tensor.clone() for name, tensor in batch.items()}
-        before = store.filled()
+        before, idle = store.filled(), _idle_bytes(self._device)
         graph = torch.cuda.CUDAGraph()
         try:
             # Threads that load data may allocate pinned memory meanwhile.
@@ -96,6 +98,12 @@ class Graphs:
             store.discard()
             store.mark_filled(before)
             return None
+        self.idle_bytes += max(0, _idle_bytes(self._device) - idle)
         found = self._graphs[key] = Captured(graph, static, report, store.filled())
         store.mark_filled(before)
         return found
+
+
+def _idle_bytes(device: str) -> int:
+    """Memory that torch holds and nothing lives in."""
+    return torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

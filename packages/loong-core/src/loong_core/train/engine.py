@@ -115,5 +115,8 @@ class Engine(Protocol):
     def weights_changed(self) -> None:
         """Tell the engine that parameters were overwritten (master copies are refreshed)."""
 
+    def idle_bytes(self) -> int:
+        """Bytes of device memory that steps use without the allocator counting them as allocated."""
+
     def close(self) -> None:
         """Release process groups and threads."""

@@ -26,9 +26,10 @@ def used(device: str) -> int:
     return peak
 
 
-def fullest_rank(device: str, stop: bool = False) -> tuple[int, bool]:
-    """The largest `used` of all ranks, and in the same message whether `stop` holds on any. Collective."""
-    size = used(device)
+def fullest_rank(device: str, stop: bool = False, more: int = 0) -> tuple[int, bool]:
+    """The largest `used` of all ranks, `more` bytes of this one added, and in the same message whether `stop` holds on
+    any. Collective."""
+    size = used(device) + more
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return size, stop
     largest = torch.tensor([size, stop], dtype=torch.int64, device=device)

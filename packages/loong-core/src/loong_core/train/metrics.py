@@ -39,7 +39,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -245,14 +245,14 @@ class Reporter:
     """Measures memory on every rank and writes the rows of rank 0 to the sinks of `log.to`.
 
     With `startup` the first step it is told of ends the start-up: how long that took is said once, on the console and
-    in the log.
+    in the log. `idle_bytes` tells of memory that the allocator does not (`Engine.idle_bytes`).
     """
 
-    def __init__(self, run: Run, startup: Startup | None = None) -> None:
+    def __init__(self, run: Run, startup: Startup | None = None, idle_bytes: Callable[[], int] = lambda: 0) -> None:
         from loong_core.train.memory_use import used
 
         self._sinks: list[Sink] = []
-        self._startup = startup
+        self._startup, self._idle_bytes = startup, idle_bytes
         used(run.device)  # What setting up needed at its peak is not what the first step uses.
         if problems := sink_problems(run.recipe.log.to):
             raise Unsupported(*problems)
@@ -280,7 +280,7 @@ class Reporter:
         startup, self._startup = self._startup, None
         if startup is not None:
             startup.mark(FIRST_STEP)
-        memory, stop = fullest_rank(run.device, data.problem() is not None)
+        memory, stop = fullest_rank(run.device, data.problem() is not None, self._idle_bytes())
         if not self._sinks:
             return stop
         done = row(

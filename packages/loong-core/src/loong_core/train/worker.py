@@ -126,7 +126,7 @@ def _run(run: Run, engine: Engine, data: PreparedData | None, startup: Startup) 
     if found is not None:
         checkpoints.load(run, engine, stream, found)
         startup.mark("checkpoint")
-    reporter = Reporter(run, startup)
+    reporter = Reporter(run, startup, engine.idle_bytes)
     run.registry.events.run_start(run)
     try:
         train(run, engine, stream, checkpoints, reporter)
