@@ -38,8 +38,9 @@ class Block(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         images, patches, width = hidden.shape
         mixed = self._product(self.attn["qkv"], self.attn["norm"](hidden))
-        query, key, value = mixed.view(images, patches, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        seen = functional.scaled_dot_product_attention(query, key, value)
+        # Heads stay behind the patches, where kernels read and write them: nothing is copied, either way.
+        parts = mixed.view(images, patches, 3, self.heads, -1).unbind(2)
+        seen = functional.scaled_dot_product_attention(*(part.transpose(1, 2) for part in parts))
         hidden = hidden + self._product(self.attn["out"], seen.transpose(1, 2).reshape(images, patches, width))
         inner = self._product(self.mlp["up"], self.mlp["norm"](hidden))
         return hidden + self._product(self.mlp["down"], functional.gelu(inner, approximate="tanh"))

@@ -87,6 +87,7 @@ class TorchEngine:
         self._sharded: ShardedStore | None = None
         self._graphs: Graphs | None = None
         self._names: list[str] = []
+        self._copies = torch.cuda.Stream(self.device) if torch.device(self.device).type == "cuda" else None
 
     # ------------------------------------------------------------------------------------------ set-up
     def optimizer(self, section: OptimSection) -> None:
@@ -231,7 +232,13 @@ class TorchEngine:
         if torch.device(self.device).type != "cuda":
             return {name: tensor.to(self.device) for name, tensor in batch.items()}
         pinned = {name: tensor if tensor.is_pinned() else tensor.pin_memory() for name, tensor in batch.items()}
-        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in pinned.items()}
+        here = torch.cuda.current_stream()
+        with torch.cuda.stream(self._copies):  # beside the update of the step before
+            found = {name: tensor.to(self.device, non_blocking=True) for name, tensor in pinned.items()}
+        here.wait_stream(self._copies)
+        for tensor in found.values():
+            tensor.record_stream(here)
+        return found
 
     def step(self, lr: float) -> float:
         """One AdamW update at learning rate `lr`; returns the global gradient norm before clipping."""
