@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,77 +11,12 @@ import pytest
 import torch
 
 from loong_core.errors import DataError, RecipeError
-from loong_core.recipe import Recipe
-from loong_core.types import ModelShape
 from loong_vla.lerobot.generate import generate
-from loong_vla.lerobot.layout import Dataset, open_dataset
+from loong_vla.lerobot.layout import Dataset
 from loong_vla.prompts import IMAGE, SPECIAL
-from loong_vla.stream import RobotStream, stream
+from loong_vla.stream import RobotStream
 
-PI05: dict[str, Any] = {
-    **{"image_size": 28, "horizon": 6, "state_size": 10, "action_size": 9, "prompt_length": 64},
-    **{"image_tokens": 4, "skip_padding": True},
-}
-GROOT: dict[str, Any] = {
-    **{"image_size": [32, 32], "patch": 4, "merge": 2, "horizon": 6, "state_size": 10, "action_size": 9},
-    **{"image_token": SPECIAL.index(IMAGE), "time_alpha": 1.5, "time_beta": 1.0, "time_scale": 0.999},
-    **{"slots": 32, "embodiments": (10,), "image_tokens": 16, "padding_as_keys": False},
-    **{"rope_sections": (2, 2, 2)},
-}
 Open = Callable[..., RobotStream]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    return generate(
-        tmp_path_factory.mktemp("data") / "set",
-        episodes=4,
-        frames=[9, 12, 7, 5],
-        state=5,
-        action=4,
-        episodes_per_file=1,
-    )
-
-
-@pytest.fixture
-def opened(data: Dataset, tmp_path: Path) -> Iterator[Open]:
-    made: list[RobotStream] = []
-
-    def open_one(
-        family: str = "pi05",
-        *,
-        dp: int = 1,
-        replica: int = 0,
-        micro_batch: int = 2,
-        micro_batches: int = 2,
-        config: dict[str, Any] | None = None,
-        task: dict[str, Any] | None = None,
-        root: Path | None = None,
-        more: dict[str, Any] | None = None,
-        **options: Any,
-    ) -> RobotStream:
-        section = {"source": "lerobot", "path": root or data.root, "tokenizer": {"train": 320}, "options": options}
-        section |= {"global_batch": dp * micro_batch * micro_batches, **(more or {})}
-        recipe = Recipe.model_validate({"data": section, "run": {"seed": 5}, "task": {"options": task or {}}})
-        fields = {**(PI05 if family == "pi05" else GROOT)}
-        shape = ModelShape(family=family, fields=fields, layers=1, hidden=8, parameters=(), vocabulary=320)
-        run: Any = SimpleNamespace(
-            recipe=recipe,
-            plan=SimpleNamespace(dp=dp, micro_batch=micro_batch, micro_batches=micro_batches, recompute="none"),
-            shape=shape,
-            family=SimpleNamespace(name=family),
-            config=config or {},
-            folder=tmp_path,
-            device="cpu",
-            is_main=replica == 0,
-            cluster=SimpleNamespace(devices_per_node=1),
-        )
-        made.append(stream(run, replica))
-        return made[-1]
-
-    yield open_one
-    for one in made:
-        one.close()
 
 
 def test_shapes_and_types(opened: Open) -> None:
@@ -209,16 +143,6 @@ def test_a_held_out_dataset(opened: Open, tmp_path: Path) -> None:
     other = generate(tmp_path / "other", episodes=1, frames=8, state=5, action=4, seed=9)
     found = opened(more={"eval": {"path": other.root}})
     assert found.held_out is not None and len(found.held_out.samples) == 8 and len(found.train.samples) == 33
-
-
-@pytest.fixture
-def damaged(tmp_path: Path) -> Path:
-    """Four episodes, of which the third's videos are gone."""
-    root = tmp_path / "damaged"
-    generate(root, episodes=4, frames=[9, 12, 7, 5], state=5, action=4, episodes_per_file=1)
-    for clip in open_dataset(root).episodes[2].clips.values():
-        (root / clip.file).unlink()
-    return root
 
 
 def test_frames_that_do_not_decode_are_replaced_and_named(

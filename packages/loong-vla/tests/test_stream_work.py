@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from loong_vla.stream import seen_in
+from loong_vla.making import seen_in
 
 
 def batch(cameras: list[list[int]], tokens: list[int]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 RECIPE, PLAN, MANIFEST = "recipe.yaml", "plan.json", "manifest.json"
 TOKENIZER = "tokenizer"
-PACE = ("threads", "ahead", "tolerance", "skip_quota")
+PACE = ("threads", "processes", "ahead", "tolerance", "skip_quota")
 """Options of data sources that say how data is read, never what is trained on. A run that its `skip_quota` ended
 continues with a larger one."""
 _IDENTITY = ("model", "task", "data", "precision", "run.seed")

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from loong_core.train.run import Run
     from loong_vla.lerobot.layout import Dataset
     from loong_vla.lerobot.video import FrameReader
-    from loong_vla.stream import Part, RobotStream
+    from loong_vla.making import Part
+    from loong_vla.stream import RobotStream
 
 logger = logging.getLogger(__name__)
 

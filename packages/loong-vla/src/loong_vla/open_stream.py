@@ -4,27 +4,30 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from loong_core.errors import DataError, RecipeError
-from loong_core.recipe import TrainTokenizer
+from loong_core.recipe import Recipe, TrainTokenizer
+from loong_core.recipe_load import to_mapping
 from loong_vla import groot_packing, packing, prompts
 from loong_vla.check import chosen, feature_problems
+from loong_vla.children import Children, division
 from loong_vla.families import Policy, needed, processing
 from loong_vla.lerobot import statistics as computing
 from loong_vla.lerobot.layout import Dataset, Episode, open_dataset
 from loong_vla.lerobot.source import folder_of, options_of
 from loong_vla.lerobot.video import FrameReader
+from loong_vla.making import Cut, Maker, Part
 from loong_vla.normalise import NEEDED, relative_statistics
 from loong_vla.options import RobotOptions
 from loong_vla.processing import Processing, Robot
 from loong_vla.sequence import Draws, Order, Samples, held_out
-from loong_vla.stream import Cut, Part, RobotStream
+from loong_vla.stream import RobotStream
 from loong_vla.tasks import FlowOptions
 
 if TYPE_CHECKING:
@@ -39,11 +42,83 @@ STATISTICS = "statistics.json"
 """File of the run folder with the statistics that training normalises by."""
 
 
+class Known(NamedTuple):
+    """Statistics that were found before: those of state and action by feature, and those of relative actions. Where
+    nothing is known they are filled in, so that they are computed once for all processes of a rank."""
+
+    statistics: dict[str, Mapping[str, Any]]
+    relative: dict[str, Any]
+
+    def plain(self) -> list[Any]:
+        """As JSON that gives the same numbers back."""
+        return [{name: _plain(entry) for name, entry in self.statistics.items()}, _plain(self.relative)]
+
+    @classmethod
+    def of(cls, plain: Sequence[Any]) -> Known:
+        """From what `plain` gave."""
+        return cls({name: _arrays(entry) for name, entry in plain[0].items()}, _arrays(plain[1]))
+
+
+def _plain(entry: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: [np.asarray(value).dtype.str, np.asarray(value).tolist()] for key, value in entry.items()}
+
+
+def _arrays(entry: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    return {key: np.array(values, dtype=kind) for key, (kind, values) in entry.items()}
+
+
+class Opened(NamedTuple):
+    """A run's data: what makes the batches of a replica, of what, and what must not change."""
+
+    maker: Maker
+    train: Part
+    held_out: Part | None
+    identity: dict[str, Any]
+
+
 def open_stream(run: Run, replica: int) -> RobotStream:
     """See `loong_vla.stream.stream`.
 
     Raises:
         UserError: the data, its statistics, cameras or tokenizer do not suit the policy.
+    """
+    settings = options_of(run.recipe.data.options)
+    pinned = run.device.startswith("cuda")
+    processes, threads = division(settings, run.device, run.cluster.devices_per_node)
+    children = None
+    if processes:  # at once: their imports take seconds
+        children = Children(processes, run.folder / "logs", f"{replica:04d}", run.device if pinned else None)
+    try:
+        known = Known({}, {})
+        mine = division(settings.model_copy(update={"processes": 0}), run.device, run.cluster.devices_per_node).threads
+        opened = open_data(run, replica, mine, known, pinned=pinned)
+        if children is not None:
+            children.begin(facts_of(run, replica, threads, known, opened.identity))
+    except BaseException:
+        if children is not None:
+            children.close()
+        raise
+    stream = RobotStream(
+        opened.maker,
+        opened.train,
+        opened.held_out,
+        settings=settings,
+        eval_batches=run.recipe.data.eval.batches if run.recipe.data.eval is not None else 0,
+        recompute=run.plan.recompute == "full",
+        identity=opened.identity,
+        children=children,
+    )
+    if run.is_main:
+        _say(stream.processing, opened.train, opened.held_out)
+        save_statistics(run.folder, stream.processing, settings)
+    return stream
+
+
+def open_data(run: Run, replica: int, threads: int, known: Known, *, pinned: bool = False) -> Opened:
+    """What `open_stream` makes batches of; `threads` decode.
+
+    Raises:
+        UserError: as there.
     """
     data, settings = run.recipe.data, options_of(run.recipe.data.options)
     dataset = open_dataset(folder_of(data.path))
@@ -57,9 +132,8 @@ def open_stream(run: Run, replica: int) -> RobotStream:
         kept, left = held_out(numbers, lengths, data.eval.fraction, run.recipe.run.seed)
         other, held = dataset, [item for item in episodes if item.index in left]
         episodes = [item for item in episodes if item.index in kept]
-    use = processing_of(run, dataset, episodes, settings)
+    use = processing_of(run, dataset, episodes, settings, known)
     seed, cut = run.recipe.run.seed, Cut(run.plan.dp, run.plan.micro_batches, run.plan.micro_batch)
-    threads = settings.threads or max(1, min(16, (os.cpu_count() or 1) // run.cluster.devices_per_node))
 
     def part(source: Dataset, items: Sequence[Episode], name: str) -> Part:
         reader = FrameReader(source, settings.tolerance, max(32, 2 * threads))
@@ -79,25 +153,45 @@ def open_stream(run: Run, replica: int) -> RobotStream:
         "global_batch": cut.samples,
         **use.facts(),
     }
-    stream = RobotStream(
+    maker = Maker(
         use,
-        train,
-        evaluation,
         cut,
         replica,
         settings=settings,
         threads=threads,
-        eval_batches=data.eval.batches if data.eval is not None else 0,
-        recompute=run.plan.recompute == "full",
-        pinned=run.device.startswith("cuda"),
+        pinned=pinned,
         fields=run.shape.fields,
         pack=packer(run),
-        identity=json.loads(json.dumps(identity)),
     )
-    if run.is_main:
-        _say(use, train, evaluation)
-        save_statistics(run.folder, use, settings)
-    return stream
+    return Opened(maker, train, evaluation, json.loads(json.dumps(identity)))
+
+
+def facts_of(run: Run, replica: int, threads: int, known: Known, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """What another process has to know to open the same data, as JSON: see `run_of` and `loong_vla.child`."""
+    return {
+        "recipe": to_mapping(run.recipe),
+        "folder": str(run.folder),
+        "family": run.family.name,
+        "config": run.config,
+        "fields": dict(run.shape.fields),
+        "plan": {name: getattr(run.plan, name) for name in ("dp", "micro_batches", "micro_batch")},
+        "replica": replica,
+        "threads": threads,
+        "known": known.plain(),
+        "identity": identity,
+    }
+
+
+def run_of(facts: Mapping[str, Any]) -> Any:
+    """As much of a run as `open_data` looks at, from `facts_of`."""
+    return SimpleNamespace(
+        recipe=Recipe.model_validate(facts["recipe"]),
+        folder=Path(facts["folder"]),
+        family=SimpleNamespace(name=facts["family"]),
+        config=facts["config"],
+        shape=SimpleNamespace(fields=facts["fields"]),
+        plan=SimpleNamespace(**facts["plan"]),
+    )
 
 
 def packer(run: Run) -> Callable[[Batch], dict[str, Tensor]]:
@@ -139,13 +233,25 @@ def _say(use: Processing, train: Part, held: Part | None) -> None:
 
 # ------------------------------------------------------------------------------------------------------- the policy
 def processing_of(
-    run: Run, dataset: Dataset, episodes: Sequence[Episode] | None = None, settings: RobotOptions | None = None
+    run: Run,
+    dataset: Dataset,
+    episodes: Sequence[Episode] | None = None,
+    settings: RobotOptions | None = None,
+    known: Known | None = None,
 ) -> Processing:
     """How the episodes of a dataset (None: all) become inputs of the run's policy. Also for evaluation and sidecars."""
+    known = Known({}, {}) if known is None else known
     settings = options_of(run.recipe.data.options) if settings is None else settings
     if problems := list(feature_problems(dataset, settings)):
         raise DataError(problems)
     episodes = list(dataset.episodes) if episodes is None else episodes
+
+    def relative(mask: np.ndarray, steps: int, by_step: bool) -> Mapping[str, Any]:
+        if not known.relative:
+            pairs = list(_pairs(dataset, episodes, settings))
+            known.relative.update(relative_statistics(pairs, mask, steps, by_step=by_step))
+        return known.relative
+
     policy = Policy(
         family=run.family.name,
         fields=run.shape.fields,
@@ -154,12 +260,11 @@ def processing_of(
         settings=settings,
         folders=folders_of(run),
         count=FlowOptions.model_validate(dict(run.recipe.task.options)).count,
-        relative=lambda mask, steps, by_step: relative_statistics(
-            list(_pairs(dataset, episodes, settings)), mask, steps, by_step=by_step
-        ),
+        relative=relative,
     )
-    found = statistics_of(dataset, episodes, settings, needed(policy))
-    return processing(policy, robot_of(dataset, settings, found))
+    if not known.statistics:
+        known.statistics.update(statistics_of(dataset, episodes, settings, needed(policy)))
+    return processing(policy, robot_of(dataset, settings, known.statistics))
 
 
 def folders_of(run: Run) -> list[Path]:

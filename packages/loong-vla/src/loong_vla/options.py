@@ -45,6 +45,10 @@ class RobotOptions(BaseModel):
     skip_quota: NonNegativeInt = 100
     """Samples that may be replaced because a frame does not decode; with one more the run stops and saves."""
     threads: PositiveInt | None = None
-    """Threads that decode; null: as many as the machine has cores for each rank, at most 16."""
+    """Threads that decode, in each process that makes batches; null: as many as the machine has cores for each rank, at
+    most 16, and at most 4 in a process of its own."""
+    processes: NonNegativeInt | Literal["auto"] = "auto"
+    """Processes of each rank that make batches, so that the one that trains has nothing else to do; 0: threads of the
+    training process. auto: 0 on a CPU, else one for every 4 cores that the machine has for each rank, 1 to 4."""
     ahead: PositiveInt = 2
-    """Batches that are prepared ahead."""
+    """Batches that are prepared ahead; at least one more than there are processes."""

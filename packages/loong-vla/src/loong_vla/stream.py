@@ -1,8 +1,8 @@
 """Robot episodes as batches: every sample is a function of the seed and its position in an endless sequence, whichever
-rank or thread makes it, whatever was asked for before.
+rank, process or thread makes it, whatever was asked for before.
 
-Frames are decoded and resized in threads, into the memory that goes to the device. A frame that does not decode is
-replaced by another sample, counted and named; past a quota the run is asked to stop.
+Steps are made ahead, by `loong_vla.making`: in processes of their own (`loong_vla.children`) or in threads. Past a
+quota of samples that were replaced the run is asked to stop.
 """
 
 from __future__ import annotations
@@ -10,131 +10,90 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-import numpy as np
-import torch
+from typing import TYPE_CHECKING, Any
 
 from loong_core.errors import DataError
-from loong_vla.flops import Seen, repeated, training
-from loong_vla.images import DRAWS
-from loong_vla.lerobot.video import FrameError, FrameReader
-from loong_vla.sequence import Draws, Order, Samples
+from loong_vla.flops import Fields, Seen, repeated, training
+from loong_vla.making import TRIES, Cut, Made, Maker, Part, Skipped
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from loong_core.train.engine import Batch
     from loong_core.train.run import Run
-    from loong_vla.lerobot.layout import Dataset, Episode
+    from loong_vla.children import Children
     from loong_vla.options import RobotOptions
-    from loong_vla.processing import Processing
 
 logger = logging.getLogger(__name__)
 
-TRIES = 32
-"""Samples in a row that may fail to decode before there is nothing to train on."""
-
-
-class Skipped(NamedTuple):
-    """A sample that was replaced: its place, and why; or the last of `TRIES`, which nothing replaced."""
-
-    episode: int
-    frame: int
-    reason: str
-    last: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class Part:
-    """Training data or held-out data: dataset, samples, their order, random numbers, and an open reader of frames.
-
-    `once` marks held-out data, of which a sample counts once and nothing is augmented.
-    """
-
-    dataset: Dataset
-    samples: Samples
-    order: Order
-    draws: Draws
-    reader: FrameReader
-    once: bool = False
-
-
-class Cut(NamedTuple):
-    """How a global batch is cut: replicas, micro-batches of each, samples of a micro-batch."""
-
-    dp: int
-    micro_batches: int
-    micro_batch: int
-
-    @property
-    def samples(self) -> int:
-        """Samples of a global batch."""
-        return self.dp * self.micro_batches * self.micro_batch
+__all__ = ["Cut", "Part", "RobotStream", "stream"]
 
 
 class RobotStream:
     """The `loong_core.train.batches.Batches` of one data-parallel replica.
 
-    Micro-batch `m` of replica `r` holds positions `(m * dp + r) * micro_batch` to `... + micro_batch - 1` of a global
-    batch. `processing` turns observations into inputs and outputs into actions; an evaluation may use it.
+    `processing` turns observations into inputs and outputs into actions; an evaluation may use it. Held-out batches are
+    made in this process: the device waits for them anyway.
     """
 
     def __init__(
         self,
-        processing: Processing,
+        maker: Maker,
         train: Part,
         held_out: Part | None,
-        cut: Cut,
-        replica: int,
         *,
         settings: RobotOptions,
-        threads: int = 1,
         eval_batches: int = 0,
         recompute: bool = False,
-        pinned: bool = False,
-        fields: Mapping[str, Any] | None = None,
-        pack: Callable[[Batch], dict[str, Tensor]] | None = None,
         identity: Mapping[str, Any] | None = None,
+        children: Children | None = None,
     ) -> None:
-        self.processing, self.train, self.held_out = processing, train, held_out
-        self._cut, self._replica, self._settings, self._pinned = cut, replica, settings, pinned
-        self._fields, self._identity, self._step = dict(fields or {}), dict(identity or {}), 0
-        self._seen: dict[int, Seen] = {}
-        self._recompute = recompute
-        self._pack = pack
+        self.processing, self.train, self.held_out = maker.processing, train, held_out
+        self._maker, self._cut, self._settings, self._children = maker, maker.cut, settings, children
+        self._identity, self._step, self._recompute = dict(identity or {}), 0, recompute
+        self._last: tuple[int, Made] | None = None
         self.eval_count = 0
         if held_out is not None:
-            self.eval_count = min(eval_batches, -(-len(held_out.samples) // cut.samples))
+            self.eval_count = min(eval_batches, -(-len(held_out.samples) // self._cut.samples))
         self.skipped: list[Skipped] = []
-        self._decoders = ThreadPoolExecutor(threads, thread_name_prefix="decode")
         self._makers = ThreadPoolExecutor(settings.ahead, thread_name_prefix="data")
-        self._ahead: dict[int, Future[tuple[list[Batch], list[Skipped]]]] = {}
+        self._ahead: dict[int, Future[Made]] = {}
 
     # ----------------------------------------------------------------------------------------------------- batches
     def batches(self, step: int) -> list[Batch]:
-        """This rank's micro-batches of a 0-based step. The steps after it are prepared in the background."""
-        future = self._ahead.pop(step, None)
-        wanted = range(step + 1, step + 1 + self._settings.ahead)
+        """This rank's micro-batches of a 0-based step. The steps after it are prepared in the background.
+
+        Raises:
+            LoongError: the data cannot be used, or a process that makes batches ended.
+        """
+        ready = self._children is not None and self._children.ready
+        # One more than there are processes: each has something to do while the step before waits to be taken.
+        count = max(self._settings.ahead, len(self._children) + 1 if self._children is not None and ready else 0)
+        wanted = range(step, step + 1 + count)
         for old in [number for number in self._ahead if number not in wanted]:
             self._ahead.pop(old).cancel()
-        made, skipped = future.result() if future is not None else self._make(self.train, step)
         for number in wanted:
             if number not in self._ahead:
-                self._ahead[number] = self._makers.submit(self._make, self.train, number)
+                self._ahead[number] = self._ask(number, ready)
+        made = self._ahead.pop(step).result()
+        # The step before is let go here and no earlier. Its memory may be written again as soon as nobody refers to it,
+        # but the device fetches from it without waiting: that is over when the engine reported that step's loss, which
+        # a device computes from the batch, and so before the loop asked for this one.
+        self._last = (step, made)
         self._step = step + 1
-        self._seen = {step: seen_in(made, self._fields)} if self._fields else {}
-        self._report(skipped)
-        return made
+        self._report(made.skipped)
+        return made.batches
+
+    def _ask(self, step: int, ready: bool) -> Future[Made]:
+        if self._children is not None and ready:
+            return self._children.ask(step)
+        return self._makers.submit(self._maker.make, self.train, step)
 
     def eval_batches(self, index: int) -> list[Batch]:
         """This rank's micro-batches of held-out global batch `index`, the same every time it is asked for; samples that
         fill up the last one do not count. Indices from `eval_count` on begin again."""
         assert self.held_out is not None, "the recipe has no data.eval"
-        made, skipped = self._make(self.held_out, index % self.eval_count)
-        self._report(skipped)
-        return made
+        made = self._maker.make(self.held_out, index % self.eval_count)
+        self._report(made.skipped)
+        return made.batches
 
     def problem(self) -> str | None:
         """Too many samples were replaced, or none was found to replace one."""
@@ -171,13 +130,16 @@ class RobotStream:
 
     def flops(self, step: int) -> float | None:
         """Model FLOPs of the step last asked for, by formula; this replica's samples stand for those of all."""
-        seen = self._seen.get(step)
-        return None if seen is None else training(self._fields, seen) * self._cut.samples
+        return self._work(training, step)
 
     def recomputed(self, step: int) -> float:
         """FLOPs of the step last asked for that `parallel.recompute` does a second time, by the same formula."""
-        seen = self._seen.get(step)
-        return 0.0 if seen is None or not self._recompute else repeated(self._fields, seen) * self._cut.samples
+        return (self._work(repeated, step) or 0.0) if self._recompute else 0.0
+
+    def _work(self, formula: Callable[[Fields, Seen], float], step: int) -> float | None:
+        if self._last is None or self._last[0] != step or not self._maker.fields:
+            return None
+        return formula(self._maker.fields, self._last[1].seen) * self._cut.samples
 
     # ------------------------------------------------------------------------------------------------------- state
     def state(self) -> dict[str, Any]:
@@ -206,123 +168,14 @@ class RobotStream:
         return self._step
 
     def close(self) -> None:
-        """Stop threads, close files."""
-        for pool in (self._makers, self._decoders):
-            pool.shutdown(wait=True, cancel_futures=True)
+        """End processes, stop threads, close files."""
+        if self._children is not None:
+            self._children.close()
+        self._makers.shutdown(wait=True, cancel_futures=True)
+        self._maker.close()
         for part in (self.train, self.held_out):
             if part is not None:
                 part.reader.close()
-
-    # ------------------------------------------------------------------------------------------------------ making
-    def _make(self, part: Part, step: int) -> tuple[list[Batch], list[Skipped]]:
-        """The micro-batches of a step, and what was replaced in them, in the order of positions."""
-        cut, begin = self._cut, step * self._cut.samples
-        made: list[tuple[dict[str, Any], list[Future[tuple[dict[str, np.ndarray], list[Skipped]]]]]] = []
-        for number in range(cut.micro_batches):
-            first = begin + (number * cut.dp + self._replica) * cut.micro_batch
-            images = self._empty((cut.micro_batch, len(self.processing.cameras), *self.processing.size, 3))
-            pixels = images.numpy()
-            jobs = [
-                self._decoders.submit(self._sample, part, first + row, pixels[row]) for row in range(cut.micro_batch)
-            ]
-            made.append(({"images": images}, jobs))
-        batches, skipped = [], []
-        for batch, jobs in made:
-            done = [job.result() for job in jobs]
-            batch |= self._together([sample for sample, _ in done])
-            batch |= self._pack(batch) if self._pack is not None else {}
-            batches.append({name: self._ready(tensor) for name, tensor in batch.items()})
-            skipped += [item for _, items in done for item in items]
-        return batches, skipped
-
-    def _sample(self, part: Part, position: int, pixels: np.ndarray) -> tuple[dict[str, np.ndarray], list[Skipped]]:
-        """The sample of a position, its images written to `pixels` [c,y,x,3]; and those it stands for."""
-        skipped: list[Skipped] = []
-        number = part.order.sample(position)
-        for attempt in range(TRIES):
-            episode, frame = part.samples.place(number)
-            try:
-                return self._made(part, position, episode, frame, pixels), skipped
-            except FrameError as error:
-                skipped.append(Skipped(episode, frame, str(error), attempt + 1 == TRIES))
-            number = int(part.draws.uniform(position, 1, f"again {attempt}")[0] * len(part.samples))
-        # Raising here would leave the other ranks waiting: the step is done with a sample that counts nothing.
-        pixels[:] = 0
-        sample = self._made(part, position, episode, frame, None)
-        sample["action_mask"] = np.zeros_like(sample["action_mask"])
-        return sample, skipped
-
-    def _made(
-        self, part: Part, position: int, number: int, frame: int, pixels: np.ndarray | None
-    ) -> dict[str, np.ndarray]:
-        """The sample that begins at a frame, with the random numbers of `position`; its images where `pixels` is."""
-        use, settings, draws = self.processing, self._settings, part.draws
-        episode = part.dataset.episode(number)
-        where = draws.uniform(position, 4, "place")
-        crop = (float(where[0]), float(where[1])) if use.random_crop and not part.once else None
-        if pixels is not None:
-            self._look(part, episode, frame, crop, pixels)
-        names = [settings.state, settings.action]
-        state = part.dataset.columns(episode, names[:1], frame, frame + 1)[names[0]].reshape(-1)
-        stop = min(frame + use.steps, episode.length)
-        actions = part.dataset.columns(episode, names[1:], frame, stop)[names[1]].reshape(stop - frame, -1)
-        blind = not part.once and where[2] < use.state_dropout
-        sample = use.observe(state, part.dataset.task(episode, frame), drop_state=bool(blind))
-        sample |= use.chunk(actions, state)
-        if part.once and position >= len(part.samples):
-            sample["action_mask"] = np.zeros_like(sample["action_mask"])
-        shape = sample["actions"].shape
-        sample["noise"] = draws.normal(position, shape[0] * shape[1], "noise").reshape(shape)
-        sample["time"] = np.array(use.time(float(draws.uniform(position, 1, "time")[0])), np.float32)
-        if settings.augment == "openpi" and not part.once:
-            drawn = draws.uniform(position, len(use.cameras) * (DRAWS - 1), "augmentation")
-            wrist = np.array([[float(camera.wrist)] for camera in use.cameras])
-            changes = np.concatenate([drawn.reshape(len(use.cameras), -1), wrist], axis=1)
-            sample["augmentation"] = changes.astype(np.float32)
-        return sample
-
-    def _look(
-        self, part: Part, episode: Episode, frame: int, crop: tuple[float, float] | None, pixels: np.ndarray
-    ) -> None:
-        """Write what the cameras see to `pixels` [c,y,x,3]; raises `FrameError`."""
-        for row, camera in enumerate(self.processing.cameras):
-            if camera.feature is None:
-                pixels[row] = 0
-            else:
-                image = part.reader.frames(episode, camera.feature, [frame])[0]
-                pixels[row] = self.processing.image(image, camera.feature, crop)
-
-    def _together(self, samples: Sequence[dict[str, np.ndarray]]) -> dict[str, Tensor]:
-        """Samples as tensors with a batch axis; prompts of different length are padded by the longest's."""
-        longest = max(len(sample["tokens"]) for sample in samples)
-        for sample in samples:
-            if (short := longest - len(sample["tokens"])) > 0:
-                sample["tokens"] = np.pad(sample["tokens"], (0, short))
-                sample["token_mask"] = np.pad(sample["token_mask"], (0, short))
-        batch = {name: torch.from_numpy(np.stack([sample[name] for sample in samples])) for name in samples[0]}
-        known = self._fields.get("vocabulary")
-        if known and (most := int(batch["tokens"].max())) >= known:
-            raise DataError(
-                f"The tokenizer gives token {most}, but the model has {known} tokens. It is not the one of "
-                "this model: name the folder of its tokenizer in data.tokenizer."
-            )
-        return batch
-
-    def _ready(self, tensor: Tensor) -> Tensor:
-        """Where the device can fetch it by itself."""
-        return tensor.pin_memory() if self._pinned and not tensor.is_pinned() else tensor
-
-    def _empty(self, shape: tuple[int, ...]) -> Tensor:
-        return torch.empty(shape, dtype=torch.uint8, pin_memory=self._pinned)
-
-
-def seen_in(batches: Sequence[Batch], fields: Mapping[str, Any]) -> Seen:
-    """What the samples of some batches show on average: images of cameras that are there, tokens of text."""
-    samples = sum(len(batch["tokens"]) for batch in batches)
-    images = sum(int(batch["camera_mask"].sum()) for batch in batches) / samples
-    tokens = sum(int(batch["token_mask"].sum()) for batch in batches) / samples
-    # GR00T's prompt has the tokens of images in it.
-    return Seen(images, tokens - images * fields["image_tokens"] if "tower" in fields else tokens)
 
 
 def stream(run: Run, replica: int) -> RobotStream:
