@@ -17,6 +17,12 @@ class TestAttention(OpContract):
     dtypes = ("float32", "bfloat16", "float16", "float64")
 
 
+class TestRaggedAttention(OpContract):
+    op = "ragged_attention"
+    implementation = "torch"
+    dtypes = ("float32", "bfloat16", "float16", "float64")
+
+
 class TestCrossEntropy(OpContract):
     op = "cross_entropy"
     implementation = "torch"

@@ -37,9 +37,9 @@ def shape_of(**changes: Any) -> ModelShape:
     return describe(PI05, {**CONFIG, **changes})
 
 
-def build_policy(shape: ModelShape, precision: str = "fp32", seed: int = 5) -> Pi05:
+def build_policy(shape: ModelShape, precision: str = "fp32", seed: int = 5, backend: str = "cpu") -> Pi05:
     policy = next(policy for policy in POLICIES if policy.name == precision)
-    ops = bind(OPS, OpRequest("cpu", "float32", {}, {}), {})
+    ops = bind(OPS, OpRequest(backend, policy.activations, {}, {}), {})
     context = SimpleNamespace(ops=ops, precision=policy, device="cpu")
     model = build(shape, context)[0]  # type: ignore[arg-type]
     torch.manual_seed(seed)
@@ -252,7 +252,7 @@ def test_all_problems_come_together() -> None:
 
 def test_on_a_device_a_packed_batch_is_never_waited_for() -> None:
     """Traced with tensors that have a device, shapes and no values: whatever asks for a value fails."""
-    model, batch = build_policy(shape_of(), "bf16"), draw_batch()
+    model, batch = build_policy(shape_of(), "bf16", backend="cuda"), draw_batch()
     batch |= model.packing(batch)
     with FakeTensorMode(), torch.no_grad():
         for module in model.modules():

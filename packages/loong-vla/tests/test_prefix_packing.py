@@ -7,7 +7,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as some
 from torch import Tensor
 
-from loong_vla.attention import ragged_attention
 from loong_vla.packing import PREFIX, Packing, arrange, pack, packing_of, permuted
 
 masks = some.integers(1, 4).flatmap(
@@ -91,24 +90,3 @@ def test_permuted_rows_have_the_gradient_of_a_gather() -> None:
     order = torch.tensor([3, 0, 4, 1, 2])
     assert torch.autograd.gradcheck(lambda x: permuted(x, order, torch.argsort(order)), x)
     assert torch.equal(permuted(x, order, torch.argsort(order)), x[order])
-
-
-def test_attention_is_that_of_each_sequence_alone() -> None:
-    torch.manual_seed(1)
-    heads, groups, size = 6, 2, 4
-    query_offsets, key_offsets = torch.tensor([0, 3, 3, 7, 7]), torch.tensor([0, 2, 3, 8, 9])
-    query = torch.randn(7, heads, size, dtype=torch.float64, requires_grad=True)
-    key, value = (torch.randn(9, groups, size, dtype=torch.float64, requires_grad=True) for _ in "kv")
-    out = ragged_attention(query, key, value, query_offsets.int(), key_offsets.int(), (9, 9))
-    sequence = torch.tensor([0] * 3 + [2] * 4)
-    owner = torch.tensor([0] * 2 + [1] + [2] * 5 + [3])
-    repeated = [x.repeat_interleave(heads // groups, dim=1) for x in (key, value)]
-    scores = torch.einsum("qhd,khd->hqk", query, repeated[0]) / size**0.5
-    weights = scores.masked_fill(sequence[:, None] != owner, -torch.inf).softmax(-1)
-    wanted = torch.einsum("hqk,khd->qhd", weights, repeated[1]).flatten(1)
-    torch.testing.assert_close(out, wanted)
-    weight = torch.randn_like(wanted)
-    ours = torch.autograd.grad((out * weight).sum(), (query, key, value))
-    theirs = torch.autograd.grad((wanted * weight).sum(), (query, key, value))
-    for one, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(one, other)

@@ -59,6 +59,16 @@ DECLARATIONS: Mapping[str, OpDeclaration] = {
             summary="Causal attention with grouped key-value heads, packed samples and context-parallel rows.",
         ),
         OpDeclaration(
+            name="ragged_attention",
+            signature=(
+                "ragged_attention(query[q,h,d], key[k,g,d], value[k,g,d], query_offsets[s+1], key_offsets[s+1], "
+                "longest) -> [q,h*d]"
+            ),
+            reference="loong_core.references.ragged_attention:ragged_attention",
+            tolerances={"float64": 1e-12, "float32": 1e-5, "bfloat16": 2e-2, "float16": 4e-3},
+            summary="Attention without a mask over sequences of different lengths, one after the other in a tensor.",
+        ),
+        OpDeclaration(
             name="cross_entropy",
             signature="cross_entropy(logits[..., v/n], targets[...], *, vocabulary, group) -> loss[...] in float32",
             reference="loong_core.references.cross_entropy:cross_entropy",
@@ -176,8 +186,17 @@ OPS: tuple[OpImpl, ...] = (
         supports="loong_core.parallel.te_attention:supports",
         rank=10,
     ),
+    OpImpl(
+        op="ragged_attention",
+        name="varlen",
+        target="loong_core.parallel.varlen_attention:ragged_attention",
+        backends=frozenset({"cuda"}),
+        supports="loong_core.parallel.varlen_attention:supports",
+        rank=10,
+    ),
 )
-"""The rows the core provides: a reference for every op, on every backend, and what Transformer Engine brings."""
+"""The rows the core provides: a reference for every op, on every backend, and what Transformer Engine and torch's
+kernels bring."""
 
 
 class OpChoice(NamedTuple):
@@ -193,6 +212,7 @@ class Ops:
 
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     attention: Callable[..., Tensor]
+    ragged_attention: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, tuple[int, int]], Tensor]
     cross_entropy: Callable[..., Tensor]
     linear_cross_entropy: Callable[..., Tensor]
     rotary_qkv: Callable[..., tuple[Tensor, Tensor, Tensor]]

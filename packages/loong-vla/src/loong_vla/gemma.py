@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from loong_core.ops import Ops
-from loong_vla.attention import ragged_attention
 from loong_vla.packing import Packing, permuted
 
 
@@ -90,7 +89,7 @@ class PrefixLayer(nn.Module):
         mixed = self.ops.linear(self.attn["norm"](hidden), self.attn["qkv"].weight)
         query, key, value = turned(mixed, self.shape, rows.prefix_angles, self.ops)
         offsets, longest = rows.packing.offsets, rows.longest[0]
-        seen = ragged_attention(query, key, value, offsets, offsets, (longest, longest))
+        seen = self.ops.ragged_attention(query, key, value, offsets, offsets, (longest, longest))
         hidden = hidden + self.ops.linear(seen, self.attn["out"].weight)
         hidden = hidden + feed_forward(self.mlp["norm"](hidden), self.mlp, self.ops)
         return hidden, Memory(key, value)
@@ -135,7 +134,8 @@ class ExpertLayer(nn.Module):
         keys, values = (
             permuted(torch.cat(parts), packing.joint, packing.joint_back) for parts in zip(memory, own, strict=True)
         )
-        seen = ragged_attention(query, keys, values, packing.suffix_offsets, packing.joint_offsets, (suffix, both))
+        offsets = packing.suffix_offsets, packing.joint_offsets
+        seen = self.ops.ragged_attention(query, keys, values, *offsets, (suffix, both))
         branch = self.ops.linear(seen, self.attn["out"].weight).view_as(hidden)
         hidden = self.ops.gated_residual(hidden, branch, gate)
         normal, gate = adaptive_norm(hidden, self.mlp["modulation"](condition), self.epsilon, self.ops)

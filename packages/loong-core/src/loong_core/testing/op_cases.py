@@ -12,6 +12,7 @@ from loong_core.testing.cases import (
     mlp,
     modulation,
     norm,
+    ragged_attention,
     rotary,
     routing,
 )
@@ -20,6 +21,7 @@ from loong_core.testing.cases.case import OpCase
 CASES: dict[str, tuple[OpCase, ...]] = {
     "rms_norm": norm.CASES,
     "attention": attention.CASES,
+    "ragged_attention": ragged_attention.CASES,
     "cross_entropy": cross_entropy.CASES,
     "linear_cross_entropy": linear_cross_entropy.CASES,
     "rotary_qkv": rotary.CASES,

@@ -1,4 +1,5 @@
-"""Attention without masks over sequences of different lengths that lie one after the other in a tensor.
+"""The reference of the op `ragged_attention`: attention without masks over sequences of different lengths that lie one
+after the other in a tensor.
 
 Shape legend: q query rows, k key rows, of all sequences; s sequences; h query heads, g key-value heads, d head size.
 """
@@ -9,8 +10,6 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
-FLASH_DTYPES = (torch.bfloat16, torch.float16)
-
 
 def ragged_attention(
     query: Tensor, key: Tensor, value: Tensor, query_offsets: Tensor, key_offsets: Tensor, longest: tuple[int, int]
@@ -19,17 +18,13 @@ def ragged_attention(
 
     Sequence i holds query rows `query_offsets[i]` to `query_offsets[i+1]` and key rows likewise (int32 [s+1]). Every
     row belongs to one; a sequence may have no queries, or no rows at all. Head i reads key-value head i // (h/g).
-    `longest` are bounds on the lengths, of queries and of keys. Scores are scaled by d^-0.5, the softmax is float32.
+    `longest` are bounds on the lengths, of queries and of keys. Scores are scaled by d^-0.5, the softmax is float32
+    (float64 stays).
 
-    On CUDA in 16 bits this is one flash-attention call that never asks the device for a length. Elsewhere sequences are
-    computed one after the other, which on CUDA in float32 waits for the offsets.
+    Sequences are computed one after the other, which on a device waits for the offsets.
     """
-    if query.is_cuda and query.dtype in FLASH_DTYPES:
-        from torch.nn.attention.varlen import varlen_attn
-
-        out = varlen_attn(query, key, value, query_offsets, key_offsets, *longest)
-        assert isinstance(out, Tensor)
-        return out.flatten(1)
+    if len(query) == 0:
+        return _sequence(query, key, value)
     parts = []
     ends = zip(query_offsets.tolist(), key_offsets.tolist(), strict=True)
     begin = next(ends)
