@@ -110,6 +110,8 @@ def open_stream(run: Run, replica: int) -> RobotStream:
     )
     if run.is_main:
         _say(stream.processing, opened.train, opened.held_out)
+        if processes:
+            logger.info("robot data: %d processes make batches, with %d threads each", processes, threads)
         save_statistics(run.folder, stream.processing, settings)
     return stream
 

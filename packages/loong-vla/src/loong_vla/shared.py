@@ -18,6 +18,8 @@ import torch
 from loong_core import log
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from loong_core.train.engine import Batch
 
 logger = logging.getLogger(__name__)
@@ -127,8 +129,8 @@ class Mapped:
         self._slots.clear()
 
 
-def _address(memory: mmap.mmap) -> int:
-    return torch.frombuffer(memory, dtype=torch.uint8, count=1).data_ptr()
+def _first(memory: mmap.mmap) -> Tensor:
+    return torch.frombuffer(memory, dtype=torch.uint8, count=1)
 
 
 def pin(memory: mmap.mmap, device: str) -> bool:
@@ -136,19 +138,20 @@ def pin(memory: mmap.mmap, device: str) -> bool:
     torch's `pin_memory` would copy every batch. False where it does not; tensors are copied then."""
     try:
         with torch.cuda.device(device):  # a thread begins with device 0, where another rank computes
-            code = int(torch.cuda.cudart().cudaHostRegister(_address(memory), len(memory), 0))
+            code = int(torch.cuda.cudart().cudaHostRegister(_first(memory).data_ptr(), len(memory), 0))
     except (RuntimeError, AttributeError, AssertionError) as error:
         log.once(f"The memory of batches cannot be pinned where it is, so they are copied: {error}")
         return False
-    if code:
+    pinned = not code and _first(memory).is_pinned()
+    if not pinned:
         log.once(f"The memory of batches cannot be pinned where it is (CUDA error {code}), so they are copied.")
-    return not code
+    return pinned
 
 
 def unpin(memory: mmap.mmap, device: str) -> None:
     """Undo `pin`."""
     try:
         with torch.cuda.device(device):
-            torch.cuda.cudart().cudaHostUnregister(_address(memory))
+            torch.cuda.cudart().cudaHostUnregister(_first(memory).data_ptr())
     except (RuntimeError, AttributeError, AssertionError) as error:  # as after any error of CUDA
         logger.debug("memory of batches cannot be released: %s", error)
