@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -16,8 +17,10 @@ from typer.testing import CliRunner
 
 from loong_core.backends import cuda
 from loong_core.errors import NotFound, Unsupported
+from loong_core.parallel import varlen_attention
+from loong_core.references.ragged_attention import ragged_attention as ragged_reference
 from loong_ops import bench
-from loong_ops.bench import attention, linear, run
+from loong_ops.bench import attention, linear, ragged_attention, run
 from loong_ops.bench.card import Card, Ceilings, driver_version
 from loong_ops.bench.row import Missing, Row
 from loong_ops.cli import app
@@ -289,6 +292,26 @@ def test_thunks_of_attention(maker: Any, monkeypatch: pytest.MonkeyPatch) -> Non
         return
     assert attention._thunk(case, maker, "forward")().shape == (8, 1, 512)
     assert [part.shape[2] for part in attention._thunk(case, maker, "both")()] == [4, 2, 2]
+
+
+def test_thunks_of_ragged_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All implementations take the same inputs; played on the CPU, with the kernels of neither library."""
+    monkeypatch.setattr(
+        ragged_attention.importlib.util, "find_spec", lambda name: object() if name == "torch" else None
+    )
+    case = ragged_attention.Case(3, 4, 7)
+    assert case.flops == 2 * 2 * 3 * (4 * 7) * 8 * 256
+    with pytest.raises(Missing, match="flash_attn"):
+        ragged_attention._thunk(case, ragged_attention._flash4, "both", "cpu")
+    monkeypatch.setattr(varlen_attention, "ragged_attention", ragged_reference)
+    monkeypatch.setattr(torch.nn.attention, "sdpa_kernel", lambda kernel: contextlib.nullcontext())
+    makers = (ragged_attention._varlen, ragged_attention._cudnn)
+    results = [ragged_attention._thunk(case, maker, "forward", "cpu")() for maker in makers]
+    torch.testing.assert_close(*results)
+    assert results[0].shape == (12, 2048)
+    gradients = [ragged_attention._thunk(case, maker, "both", "cpu")() for maker in makers]
+    assert [part.shape[1] for part in gradients[0]] == [8, 1, 1]
+    torch.testing.assert_close(*gradients, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.gpu

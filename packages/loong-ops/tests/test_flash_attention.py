@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import sys
 import types
 from typing import Any
 
+import flash_stand_ins
 import pytest
 import torch
 
@@ -33,61 +33,10 @@ SEGMENTS = torch.tensor([[0, 0, 0, 1, 1, 2], [4, 4, -1, -1, -1, -1], [9, 9, 9, 9
 ROW = torch.tensor([[0, 0, 1, 1, 1, -1]])
 
 
-class Kernels:
-    """Stands where the two functions of `flash_attn.cute.interface` stand, on the memory that they are given.
-
-    Refused are head sizes for which the package's own gradients on Hopper are wrong: those that come to another width
-    in multiples of 16, as one of its kernels takes them, than in multiples of 32, as the next one does.
-    """
-
-    def __init__(self) -> None:
-        self.calls: list[dict[str, Any]] = []
-
-    def forward(self, q, k, v, *, out, softmax_scale, causal, return_lse, **lengths):
-        assert causal and return_lse
-        self.calls.append({"tensors": (q, k, v, out), **lengths})
-        out.copy_(self._compute(q, k, v, softmax_scale, lengths))
-        return out, torch.zeros(q.shape[-2], *q.shape[:-2]), None, None, None
-
-    def backward(self, q, k, v, out, dout, lse, *, softmax_scale, causal, deterministic, dq, dk, dv, **lengths):
-        self.calls.append({"tensors": (q, k, v, out, dout, dq, dk, dv), "deterministic": deterministic, **lengths})
-        widths = {part.shape[-1] for part in (q, v)}
-        assert all(width > 128 or -(-width // 16) * 16 == -(-width // 32) * 32 for width in widths), widths
-        assert q.shape[-2] == k.shape[-2] or len(widths) == 1, "grouped heads want values as wide as keys"
-        inputs = [part.detach().requires_grad_() for part in (q, k, v)]
-        with torch.enable_grad():
-            found = torch.autograd.grad(self._compute(*inputs, softmax_scale, lengths), inputs, dout)
-        for target, gradient in zip((dq, dk, dv), found, strict=True):
-            target.copy_(gradient)
-        return dq, dk, dv
-
-    @staticmethod
-    def _compute(q, k, v, scale, lengths):
-        if not lengths:
-            result = reference(*(part.transpose(0, 1) for part in (q, k, v)), scale=scale)
-            return result.unflatten(2, (q.shape[2], -1)).transpose(0, 1)
-        offsets = lengths["cu_seqlens_q"]
-        assert lengths["cu_seqlens_k"] is offsets and offsets.dtype == torch.int32 and offsets.is_contiguous()
-        assert lengths["max_seqlen_q"] == lengths["max_seqlen_k"] >= int(offsets.diff().max())
-        assert q.dim() == 3 and q.shape[0] == int(offsets[-1])
-        parts = [
-            reference(*(part[start:end, None] for part in (q, k, v)), scale=scale)[:, 0].unflatten(1, (q.shape[1], -1))
-            for start, end in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)
-        ]
-        return torch.cat(parts)
-
-
 @pytest.fixture
 def kernels(monkeypatch):
-    """`flash_attn.cute.interface` replaced for one test."""
-    stand_in = Kernels()
-    interface = types.ModuleType("flash_attn.cute.interface")
-    interface._flash_attn_fwd, interface._flash_attn_bwd = stand_in.forward, stand_in.backward
-    for name in ("flash_attn", "flash_attn.cute"):
-        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-    monkeypatch.setitem(sys.modules, "flash_attn.cute.interface", interface)
     monkeypatch.setattr(packed_segments, "_KNOWN", {})
-    return stand_in
+    return flash_stand_ins.install(monkeypatch)
 
 
 def qkv(s, b, h, g, d, e):
@@ -292,22 +241,13 @@ class Flash4(OpContract):
             metafunc.parametrize("dtype", self.dtypes)
 
 
-without_it = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(cuda.probe().devices == 0, reason="needs a CUDA device"),
-    pytest.mark.skipif(not all(support._flash4_packages().values()), reason="needs flash-attn-4"),
-    # The DSL warns its own authors while it compiles.
-    pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"),
-]
-
-
 class TestFlash4(Flash4):
-    pytestmark = without_it
+    pytestmark = flash_stand_ins.needs_flash
     deterministic = False  # gradients of several blocks are added in any order
 
 
 class TestFlash4Deterministic(Flash4):
-    pytestmark = without_it
+    pytestmark = flash_stand_ins.needs_flash
 
     @pytest.fixture(autouse=True)
     def asked_for(self):

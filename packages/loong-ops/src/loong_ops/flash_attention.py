@@ -1,28 +1,22 @@
 """The attention op by FlashAttention-4 (CuTe DSL): it reads and writes the layers' own layout, so nothing is copied.
 
-The two functions called are those that torch's own binding (`torch.nn.attention._fa4`) calls: unlike the package's
-front door they take the memory to write to. So results and gradients arrive in the layers' order of dims, and the
-padding behind packed samples is neither computed nor masked: it is set to zero where it lies.
+The padding behind packed samples is neither computed nor masked: it is set to zero where it lies.
 
-Source: Dao et al., 2022 (arXiv 2205.14135), and the package `flash-attn-4`.
 Shape legend: s rows, b batch, h query heads, g key-value heads, d and e head sizes, t tokens of a packed row.
 """
 
 from __future__ import annotations
 
-import warnings
+from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as functional
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from loong_core.errors import Unsupported
 from loong_core.parallel.segments import Packing, packing
-
-# The DSL tells its own authors how to annotate an argument of these kernels, once per kernel compiled.
-warnings.filterwarnings("ignore", message=".*cannot be converted to a JitArgument", category=UserWarning)
+from loong_ops import flash_kernels
 
 
 def attention(
@@ -60,26 +54,12 @@ def attention(
 
 
 def _run(query: Tensor, key: Tensor, value: Tensor, scale: float, packed: Packing | None) -> Tensor:
-    d, e = query.shape[3], value.shape[3]
-    wide, wide_value = _kernel_width(d), _kernel_width(e)
-    if wide != wide_value and query.shape[2] != key.shape[2]:  # grouped heads have a backward for equal widths only
-        wide = wide_value = max(wide, wide_value)
-    if (d, e) == (wide, wide_value):
-        result: Tensor = _FlashAttention.apply(query, key, value, scale, packed)
-        return result
-    query, key = (functional.pad(part, (0, wide - d)) for part in (query, key))
-    result = _FlashAttention.apply(query, key, functional.pad(value, (0, wide_value - e)), scale, packed)
-    return result[..., :e]
+    return flash_kernels.at_kernel_width(partial(_apply, scale, packed), query, key, value)
 
 
-def _kernel_width(width: int) -> int:
-    """The least head size from `width` on whose gradients are right: columns of zeros change no product.
-
-    In flash-attn-4 4.0.0b36 the backward kernel for Hopper sums dQ (and, with grouped heads, dK and dV) in tiles whose
-    width is a multiple of 16, up to heads of 128; the kernel that converts these sums takes their width for a multiple
-    of 32. Of tiles with 80 columns it reads 96.
-    """
-    return -(-width // 32) * 32 if width <= 128 and -(-width // 16) % 2 else width
+def _apply(scale: float, packed: Packing | None, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    result: Tensor = _FlashAttention.apply(query, key, value, scale, packed)
+    return result
 
 
 class _FlashAttention(torch.autograd.Function):
@@ -87,17 +67,13 @@ class _FlashAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, packed: Packing | None) -> Tensor:
-        from flash_attn.cute.interface import _flash_attn_fwd
-
         out = query.new_empty(*query.shape[:3], value.shape[3])
         ctx.scale, ctx.packed = scale, packed
         ctx.deterministic = torch.are_deterministic_algorithms_enabled()
         views = _views(packed, query, key, value, out)
         normaliser = None
         if views[0].numel():
-            _, normaliser, *_ = _flash_attn_fwd(
-                *views[:3], out=views[3], softmax_scale=scale, causal=True, return_lse=True, **_lengths(packed)
-            )
+            normaliser = flash_kernels.forward(*views, scale=scale, causal=True, **_lengths(packed))
         _clear_tail(packed, out)
         ctx.save_for_backward(query, key, value, out, normaliser)
         return out
@@ -105,22 +81,17 @@ class _FlashAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        from flash_attn.cute.interface import _flash_attn_bwd
-
         query, key, value, out, normaliser = ctx.saved_tensors
         gradients = [part.new_empty(part.shape) for part in (query, key, value)]
         views = _views(ctx.packed, query, key, value, out, upstream)
         if normaliser is not None:
-            dq, dk, dv = _views(ctx.packed, *gradients)
-            _flash_attn_bwd(
-                *views,
+            flash_kernels.backward(
+                views,
                 normaliser,
-                softmax_scale=ctx.scale,
+                _views(ctx.packed, *gradients),
+                scale=ctx.scale,
                 causal=True,
                 deterministic=ctx.deterministic,
-                dq=dq,
-                dk=dk,
-                dv=dv,
                 **_lengths(ctx.packed),
             )
         _clear_tail(ctx.packed, *gradients)

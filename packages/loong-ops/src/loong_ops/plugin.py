@@ -32,14 +32,17 @@ def loong_ops() -> Iterable[OpImpl]:
         )
         for op, module in TRITON.items()
     ]
-    flash = OpImpl(
-        op="attention",
-        name="flash4",
-        target="loong_ops.flash_attention:attention",
-        backends=frozenset({"cuda"}),
-        supports="loong_ops.support:flash4",
-        rank=15,
-    )
+    flash = [
+        OpImpl(
+            op=op,
+            name="flash4",
+            target=f"loong_ops.{module}:{op}",
+            backends=frozenset({"cuda"}),
+            supports="loong_ops.support:flash4",
+            rank=15,
+        )
+        for op, module in FLASH.items()
+    ]
     quack = [
         OpImpl(
             op=op,
@@ -58,7 +61,7 @@ def loong_ops() -> Iterable[OpImpl]:
         backends=frozenset({"cuda"}),
         rank=10,
     )
-    return [*kernels, flash, cublas, *quack]
+    return [*kernels, *flash, cublas, *quack]
 
 
 @hookimpl
@@ -85,6 +88,12 @@ TRITON: dict[str, str] = {
     "route": "route",
 }
 """Op -> the module of its Triton implementation; the function is named after the op."""
+
+FLASH: dict[str, str] = {
+    "attention": "flash_attention",
+    "ragged_attention": "flash_ragged_attention",
+}
+"""Op -> the module of its implementation by FlashAttention-4, likewise."""
 
 QUACK: dict[str, str] = {
     "experts": "quack_experts",
