@@ -121,7 +121,7 @@ def test_an_error_arrives_as_it_was_raised(opened: Open) -> None:
 
 
 def test_a_process_that_dies_is_an_error_and_no_wait(opened: Open, tmp_path: Path) -> None:
-    ours = ready(opened(processes=2))
+    ours = ready(opened(processes=1))
     ours.batches(0)
     assert ours._children is not None
     first = ours._children.processes[0]

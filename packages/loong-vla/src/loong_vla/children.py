@@ -60,13 +60,15 @@ def division(settings: RobotOptions, device: str, ranks: int, cores: int | None 
     """
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     share = max(1, (cores or available) // ranks)
-    able, count = hasattr(os, "memfd_create"), settings.processes
-    if count == "auto":
+    able, asked = hasattr(os, "memfd_create"), settings.processes
+    if asked == "auto":
         count = 0 if device == "cpu" or not able else max(1, min(MOST, share // 4))
-    elif count and not able:
-        raise RecipeError("data.options.processes: only Linux has what this needs. Set it to 0 or auto.")
+    else:
+        count = asked
     if not count:
         return Division(0, settings.threads or min(16, share))
+    if not able:
+        raise RecipeError("data.options.processes: only Linux has what this needs. Set it to 0 or auto.")
     # One core is the training process's own thread's, one that of autograd's.
     return Division(count, settings.threads or max(1, min(THREADS, (share - 2) // count)))
 
