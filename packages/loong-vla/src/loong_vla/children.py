@@ -61,10 +61,8 @@ def division(settings: RobotOptions, device: str, ranks: int, cores: int | None 
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     share = max(1, (cores or available) // ranks)
     able, asked = hasattr(os, "memfd_create"), settings.processes
-    if asked == "auto":
-        count = 0 if device == "cpu" or not able else max(1, min(MOST, share // 4))
-    else:
-        count = asked
+    suited = 0 if device == "cpu" or not able else max(1, min(MOST, share // 4))
+    count = suited if asked == "auto" else asked
     if not count:
         return Division(0, settings.threads or min(16, share))
     if not able:
@@ -194,8 +192,8 @@ class Child:
                 logger.debug("process %d read not all", self.process.pid)
         self._memory.close()
         os.close(self._file)
-        if not self.log.stat().st_size:
-            self.log.unlink()
+        if self.log.is_file() and not self.log.stat().st_size:
+            self.log.unlink(missing_ok=True)
 
 
 class Children:
