@@ -59,6 +59,12 @@ class TestLinear(OpContract):
     dtypes = ("float32", "bfloat16", "float16", "float64")
 
 
+class TestLinearGelu(OpContract):
+    op = "linear_gelu"
+    implementation = "torch"
+    dtypes = ("float32", "bfloat16", "float16", "float64")
+
+
 class TestGatedMlp(OpContract):
     op = "gated_mlp"
     implementation = "torch"

@@ -7,9 +7,10 @@ import math
 import pytest
 import torch
 
+from loong_core.references import linear as references
 from loong_core.references.linear import linear as reference
 from loong_core.testing.op import OpContract, error
-from loong_ops.linear import linear
+from loong_ops.linear import linear, linear_gelu
 
 
 class TestLinear(OpContract):
@@ -26,6 +27,32 @@ class TestLinearOnDevice(OpContract):
     backend = "cuda"
     device = "cuda"
     dtypes = ("float32", "bfloat16", "float16", "float64")
+
+
+class TestLinearGelu(OpContract):
+    op = "linear_gelu"
+    implementation = "cublas"
+    backend = "cuda"
+    dtypes = ("float32", "bfloat16", "float16", "float64")
+
+
+@pytest.mark.gpu
+class TestLinearGeluOnDevice(OpContract):
+    op = "linear_gelu"
+    implementation = "cublas"
+    backend = "cuda"
+    device = "cuda"
+    dtypes = ("float32", "bfloat16", "float16", "float64")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the activation is an epilogue on a card alone")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_gelu_of_frozen_weights_is_the_same(dtype: torch.dtype) -> None:
+    drawn = (torch.randn(shape, device="cuda") for shape in ((5, 33, 64), (96, 64), (96,)))
+    x, weight, bias = (tensor.to(dtype) for tensor in drawn)
+    exact = references.linear_gelu(x.double(), weight.double(), bias.double())
+    assert error(linear_gelu(x, weight, bias), exact) < (1e-2 if dtype == torch.bfloat16 else 1e-3)
 
 
 @pytest.mark.parametrize("empty", [True, False])

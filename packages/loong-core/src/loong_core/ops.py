@@ -127,6 +127,13 @@ DECLARATIONS: Mapping[str, OpDeclaration] = {
             summary="A matrix product with a weight, and biases where there are any.",
         ),
         OpDeclaration(
+            name="linear_gelu",
+            signature="linear_gelu(x[..., n], weight[m,n], bias[m]) -> [..., m] in x's dtype",
+            reference="loong_core.references.linear:linear_gelu",
+            tolerances={"float64": 1e-12, "float32": 1e-5, "bfloat16": 2e-2, "float16": 4e-3},
+            summary="A matrix product with biases, and GELU (tanh form) of it.",
+        ),
+        OpDeclaration(
             name="gated_mlp",
             signature="gated_mlp(x[..., n], up[2f,n], down[m,f]) -> [..., m] in x's dtype",
             reference="loong_core.references.mlp:gated_mlp",
@@ -220,6 +227,7 @@ class Ops:
     route: Callable[..., Any]
     experts: Callable[..., Tensor]
     linear: Callable[..., Tensor]
+    linear_gelu: Callable[[Tensor, Tensor, Tensor], Tensor]
     gated_mlp: Callable[[Tensor, Tensor, Tensor], Tensor]
     geglu: Callable[[Tensor], Tensor]
     ada_rms_norm: Callable[[Tensor, Tensor, Tensor | None, float], Tensor]

@@ -1,4 +1,5 @@
-"""The op `linear` by torch's products (cuBLAS), with weights' gradients written where the engine sums them.
+"""The ops `linear` and `linear_gelu` by torch's products (cuBLAS): weights' gradients are written where the engine sums
+them.
 
 Autograd would round a weight's gradient to the weight's dtype and leave it to the engine to add it to the buffer: a
 pass of eight bytes a weight that is not needed. Shape legend: t rows (all leading dims as one), n inputs, m outputs.
@@ -23,6 +24,19 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return functional.linear(x, weight, bias)
     result: Tensor = _Linear.apply(x, weight, bias)
     return result
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """As `loong_core.references.linear.linear_gelu`: x [..., n], weight [m,n], bias [m] -> [..., m] in x's dtype.
+
+    Where nothing is trained the activation is the product's epilogue, rounded once. Backward would need the product.
+    """
+    trained = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or bias.requires_grad)
+    # On a CPU torch's fused function is the other GELU, that with the error function.
+    if trained or x.device.type != "cuda" or not x.numel() or torch.compiler.is_compiling():
+        return functional.gelu(linear(x, weight, bias), approximate="tanh")
+    rows = x.reshape(-1, x.shape[-1])
+    return torch._addmm_activation(bias, rows, weight.t(), use_gelu=True).view(*x.shape[:-1], len(weight))
 
 
 class _Linear(torch.autograd.Function):

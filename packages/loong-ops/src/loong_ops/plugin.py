@@ -54,14 +54,11 @@ def loong_ops() -> Iterable[OpImpl]:
         )
         for op, module in QUACK.items()
     ]
-    cublas = OpImpl(
-        op="linear",
-        name="cublas",
-        target="loong_ops.linear:linear",
-        backends=frozenset({"cuda"}),
-        rank=10,
-    )
-    return [*kernels, *flash, cublas, *quack]
+    cublas = [
+        OpImpl(op=op, name="cublas", target=f"loong_ops.linear:{op}", backends=frozenset({"cuda"}), rank=10)
+        for op in ("linear", "linear_gelu")
+    ]
+    return [*kernels, *flash, *cublas, *quack]
 
 
 @hookimpl

@@ -86,7 +86,8 @@ class _RotaryQkv(torch.autograd.Function):
                 queries,
                 d,
                 rotated,
-                num_warps=_warps(queries, d, config.forward_elements),
+                g if queries == 1 else 0,
+                num_warps=_warps(g if queries == 1 else queries, d, config.forward_elements),
             )
         normed = query_norm is not None or key_norm is not None
         ctx.save_for_backward(mixed if normed else None, angles, query_norm, key_norm)
@@ -252,11 +253,20 @@ def _forward_kernel(
     queries: tl.constexpr,
     size: tl.constexpr,
     rotated: tl.constexpr,
+    together: tl.constexpr,
 ):
-    """One token a program, so that its sines serve all of its heads."""
+    """One token a program, so that its sines serve all of its heads. Groups of one query each would be many small
+    loads, one after the other: `together` of them are taken at once (0: group by group)."""
     token = tl.program_id(0).to(tl.int64)
     row, sample = token // batch, token % batch
     cos, sin = _turn(angles + row * angles_s + sample * angles_b, rotated)
+    if together > 0:
+        heads, place = mixed + row * mixed_s + sample * mixed_b, token * together * size
+        _heads_forward(heads, mixed_g, query_norm, query + place, cos, sin, epsilon, together, size, rotated)
+        _heads_forward(heads + mixed_w, mixed_g, key_norm, key + place, cos, sin, epsilon, together, size, rotated)
+        first, second, rest = _load(heads + 2 * mixed_w, mixed_g, together, size, rotated)
+        _store(value + place, first, second, rest, together, size, rotated)
+        groups = 0
     for group in range(groups):
         heads = mixed + row * mixed_s + sample * mixed_b + group * mixed_g
         place = token * groups + group

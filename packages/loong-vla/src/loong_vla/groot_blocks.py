@@ -48,9 +48,8 @@ class Block(nn.Module):
             query, key, value = self.ops.rotary_qkv(parts.transpose(2, 3), angles, None, None, 0.0)
         seen = attend(query, key, value, keys)
         x = x + dropped(linear(seen, self.out, self.out_bias), twice(rate))
-        inner = linear(norm(x, self.norm2, self.norm2_bias, self.epsilon), self.up, self.up_bias)
-        inner = dropped(functional.gelu(inner, approximate="tanh"), rate)
-        return x + dropped(linear(inner, self.down, self.down_bias), rate)
+        inner = self.ops.linear_gelu(norm(x, self.norm2, self.norm2_bias, self.epsilon), self.up, self.up_bias)
+        return x + dropped(linear(dropped(inner, rate), self.down, self.down_bias), rate)
 
 
 def norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, epsilon: float) -> Tensor:

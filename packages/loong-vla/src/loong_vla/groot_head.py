@@ -90,9 +90,8 @@ class DiffusionBlock(nn.Module):
             key, value = pair
         found = attend(query, key, value, seen)
         x = x + dropped(linear(found, self.out, self.out_bias), twice(rate))
-        inner = linear(norm(x, None, None, EPSILON), self.up, self.up_bias)
-        inner = dropped(functional.gelu(inner, approximate="tanh"), rate)
-        return x + dropped(linear(inner, self.down, self.down_bias), rate)
+        inner = self.ops.linear_gelu(norm(x, None, None, EPSILON), self.up, self.up_bias)
+        return x + dropped(linear(dropped(inner, rate), self.down, self.down_bias), rate)
 
 
 class Diffusion(nn.Module):

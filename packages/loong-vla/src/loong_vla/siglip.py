@@ -23,7 +23,7 @@ class Block(nn.Module):
         super().__init__()
         width, inner, epsilon = fields["vision_hidden"], fields["vision_ffn"], fields["vision_norm_epsilon"]
         self.heads = fields["vision_heads"]
-        self.linear = ops.linear
+        self.linear, self.linear_gelu = ops.linear, ops.linear_gelu
         self.attn = nn.ModuleDict(
             {
                 "norm": nn.LayerNorm(width, epsilon),
@@ -42,8 +42,9 @@ class Block(nn.Module):
         parts = mixed.view(images, patches, 3, self.heads, -1).unbind(2)
         seen = functional.scaled_dot_product_attention(*(part.transpose(1, 2) for part in parts))
         hidden = hidden + self._product(self.attn["out"], seen.transpose(1, 2).reshape(images, patches, width))
-        inner = self._product(self.mlp["up"], self.mlp["norm"](hidden))
-        return hidden + self._product(self.mlp["down"], functional.gelu(inner, approximate="tanh"))
+        up = self.mlp["up"]
+        inner = self.linear_gelu(self.mlp["norm"](hidden), up.weight, up.bias)  # type: ignore[arg-type]
+        return hidden + self._product(self.mlp["down"], inner)
 
     def _product(self, layer: nn.Module, x: Tensor) -> Tensor:
         return self.linear(x, layer.weight, layer.bias)  # type: ignore[arg-type]

@@ -79,6 +79,7 @@ class Graphs:
     def _capture(self, key: Key, batch: Batch, store: FlatStore) -> Captured | None:
         """Record one micro-batch; nothing is computed yet."""
         static = {name: tensor.clone() for name, tensor in batch.items()}
+        torch.cuda.empty_cache()  # as capturing does itself: what passes before have left is no graph's
         before, idle = store.filled(), _idle_bytes(self._device)
         graph = torch.cuda.CUDAGraph()
         try:

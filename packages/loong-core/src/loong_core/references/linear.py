@@ -1,4 +1,4 @@
-"""The reference of the op `linear`. Shape legend: n inputs, m outputs."""
+"""The references of the ops `linear` and `linear_gelu`. Shape legend: n inputs, m outputs."""
 
 from __future__ import annotations
 
@@ -9,3 +9,9 @@ from torch import Tensor
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x @ weight.T + bias`: x [..., n], weight [m,n], bias [m] or None -> [..., m] in x's dtype."""
     return functional.linear(x, weight, bias)
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`gelu(x @ weight.T + bias)`, GELU in its tanh form (Hendrycks and Gimpel, 2016): x [..., n], weight [m,n], bias
+    [m] -> [..., m] in x's dtype, rounded before and after the activation."""
+    return functional.gelu(functional.linear(x, weight, bias), approximate="tanh")

@@ -29,6 +29,7 @@ CASES: dict[str, tuple[OpCase, ...]] = {
     "route": routing.CASES,
     "experts": experts.CASES,
     "linear": linear.CASES,
+    "linear_gelu": linear.GELU,
     "gated_mlp": mlp.CASES,
     "geglu": activation.GEGLU,
     "ada_rms_norm": modulation.ADA_RMS_NORM,

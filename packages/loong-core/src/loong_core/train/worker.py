@@ -114,25 +114,29 @@ def _run(run: Run, engine: Engine, data: PreparedData | None, startup: Startup) 
     from loong_core.train.start import freeze, start_weights
 
     checkpoints = Checkpoints(run)
-    found = checkpoints.newest()
-    if found is None:
-        start_weights(run, engine)
-    startup.mark("weights")
-    freeze(run, engine)
-    run.registry.events.model_built(engine.modules, run)
-    engine.optimizer(run.recipe.optim)
-    startup.mark("optimizer")
+    # First, because processes that make batches have their own start-up to do while weights are read.
     stream = _stream(run, data)
-    if found is not None:
-        checkpoints.load(run, engine, stream, found)
-        startup.mark("checkpoint")
-    reporter = Reporter(run, startup, engine.idle_bytes)
-    run.registry.events.run_start(run)
+    startup.mark("data")
     try:
-        train(run, engine, stream, checkpoints, reporter)
-        checkpoints.finish(run, engine, stream)
+        found = checkpoints.newest()
+        if found is None:
+            start_weights(run, engine)
+        startup.mark("weights")
+        freeze(run, engine)
+        run.registry.events.model_built(engine.modules, run)
+        engine.optimizer(run.recipe.optim)
+        startup.mark("optimizer")
+        if found is not None:
+            checkpoints.load(run, engine, stream, found)
+            startup.mark("checkpoint")
+        reporter = Reporter(run, startup, engine.idle_bytes)
+        run.registry.events.run_start(run)
+        try:
+            train(run, engine, stream, checkpoints, reporter)
+            checkpoints.finish(run, engine, stream)
+        finally:
+            reporter.close()
     finally:
-        reporter.close()
         stream.close()
     if run.recipe.checkpoint.export is not None:
         checkpoints.export(run, engine)

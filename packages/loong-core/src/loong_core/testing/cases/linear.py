@@ -1,10 +1,13 @@
-"""Cases of the op `linear`. Shape legend: n inputs, m outputs."""
+"""Cases of the ops `linear` and `linear_gelu`. Shape legend: n inputs, m outputs."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from loong_core.testing.cases.case import OpCase, Tensors
@@ -14,6 +17,12 @@ def define_linear(tensors: Tensors, others: Mapping[str, Any]) -> Tensor:
     """For every output the sum of inputs times its row of the weight, plus its bias where there are biases."""
     product = (tensors["x"].unsqueeze(-2) * tensors["weight"]).sum(-1)
     return product + tensors["bias"] if "bias" in tensors else product
+
+
+def define_linear_gelu(tensors: Tensors, others: Mapping[str, Any]) -> Tensor:
+    """`x / 2 * (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))` of that."""
+    x = define_linear(tensors, others)
+    return x / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
 def _linear(name: str, leading: tuple[int, ...], n: int, m: int, *, bias: bool = False) -> OpCase:
@@ -41,3 +50,5 @@ CASES = (
     _linear("several_tiles", (140,), 72, 264, bias=True),
     _linear("no_rows", (0, 3), 16, 8, bias=True),
 )
+
+GELU = tuple(replace(case, define=define_linear_gelu) for case in CASES if "bias" in case.tensors)
