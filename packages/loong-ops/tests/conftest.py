@@ -27,3 +27,11 @@ def torch_products(monkeypatch: pytest.MonkeyPatch) -> None:
     import quack_stand_ins
 
     quack_stand_ins.install(monkeypatch)
+
+
+@pytest.fixture
+def any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """QuACK's products however small."""
+    import quack_stand_ins
+
+    quack_stand_ins.any_size(monkeypatch)

@@ -14,7 +14,7 @@ from torch import Tensor
 from loong_core.errors import Unsupported
 from loong_core.references.linear import linear as reference
 from loong_core.testing.op import OpContract, error
-from loong_ops import quack_linear
+from loong_ops import quack_linear, quack_products
 from loong_ops.bench import linear as bench
 from loong_ops.bench.row import Missing
 from loong_ops.quack_linear import linear
@@ -39,7 +39,7 @@ class TestAroundTheProducts(OpContract):
 
 @pytest.mark.gpu
 @needs_quack
-@pytest.mark.usefixtures("busy")
+@pytest.mark.usefixtures("busy", "any_size")
 class TestOnTheCard(OpContract):
     """The products as well."""
 
@@ -136,6 +136,26 @@ def test_frozen_weights_cost_no_product(monkeypatch: pytest.MonkeyPatch) -> None
     x, weight, bias = inputs()
     linear(x, weight.detach(), bias.detach()).sum().backward()
     assert calls == [(9, 24), (9, 16)]
+
+
+@pytest.mark.usefixtures("torch_products")
+def test_what_is_small_is_left_to_cublas(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[int, ...]] = []
+    true = sys.modules["quack.gemm"].gemm
+    monkeypatch.setattr(
+        sys.modules["quack.gemm"], "gemm", lambda *given, **more: (calls.append(given[2].shape), true(*given, **more))
+    )
+    for fewest, narrowest in ((10, 0), (0, 24)):
+        monkeypatch.setattr(quack_products, "FEWEST", fewest)
+        monkeypatch.setattr(quack_linear, "NARROWEST", narrowest)
+        x, weight, bias = inputs(t=9)
+        weight.main_grad, weight.main_grad_empty = torch.empty(weight.shape), True  # type: ignore[attr-defined]
+        linear(x, weight, bias).sum().backward()
+        assert not calls and weight.grad_added_to_main_grad  # type: ignore[attr-defined]
+    monkeypatch.setattr(quack_products, "FEWEST", 9)
+    monkeypatch.setattr(quack_linear, "NARROWEST", 16)
+    linear(*inputs(t=9))
+    assert len(calls) == 1
 
 
 def test_another_dtype_is_refused() -> None:

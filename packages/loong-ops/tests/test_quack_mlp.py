@@ -30,6 +30,7 @@ class TestAroundTheProducts(OpContract):
 
 @pytest.mark.gpu
 @needs_quack
+@pytest.mark.usefixtures("any_size")
 class TestOnTheCard(OpContract):
     """The products as well."""
 

@@ -135,10 +135,10 @@ DECLARATIONS: Mapping[str, OpDeclaration] = {
         ),
         OpDeclaration(
             name="gated_mlp",
-            signature="gated_mlp(x[..., n], up[2f,n], down[m,f]) -> [..., m] in x's dtype",
+            signature="gated_mlp(x[..., n], up[2f,n], down[m,f], *, activation='silu') -> [..., m] in x's dtype",
             reference="loong_core.references.mlp:gated_mlp",
             tolerances={"float64": 1e-12, "float32": 1e-5, "bfloat16": 2e-2, "float16": 4e-3},
-            summary="A dense SwiGLU layer without biases: two products with the activation between them.",
+            summary="A dense SwiGLU or GeGLU layer without biases: two products with the activation between them.",
         ),
         OpDeclaration(
             name="geglu",
@@ -228,7 +228,7 @@ class Ops:
     experts: Callable[..., Tensor]
     linear: Callable[..., Tensor]
     linear_gelu: Callable[[Tensor, Tensor, Tensor], Tensor]
-    gated_mlp: Callable[[Tensor, Tensor, Tensor], Tensor]
+    gated_mlp: Callable[..., Tensor]
     geglu: Callable[[Tensor], Tensor]
     ada_rms_norm: Callable[[Tensor, Tensor, Tensor | None, float], Tensor]
     layer_norm_modulate: Callable[[Tensor, Tensor, Tensor | None, float], Tensor]

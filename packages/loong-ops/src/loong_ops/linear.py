@@ -56,8 +56,16 @@ class _Linear(torch.autograd.Function):
         if needs_weight:
             d_weight = weight_gradient(weight, partial(outer, d_out, x.reshape(-1, x.shape[-1])))
         if needs_bias:
-            d_bias = delivered(bias, d_out.sum(0, dtype=torch.promote_types(d_out.dtype, torch.float32)))
+            d_bias = delivered(bias, column_sums(d_out))
         return d_x, d_weight, d_bias
+
+
+def column_sums(rows: Tensor) -> Tensor:
+    """[t,m] -> [m], at least in float32. In 16 bits on a card this is a product with ones, which reads at the speed of
+    memory; torch's sum over the first dim was measured at a quarter of it (H200, 7168 rows)."""
+    if rows.device.type == "cuda" and rows.dtype in (torch.bfloat16, torch.float16) and len(rows):
+        return torch.mm(rows.new_ones(1, len(rows)), rows, out_dtype=torch.float32)[0]
+    return rows.sum(0, dtype=torch.promote_types(rows.dtype, torch.float32))
 
 
 def outer(left: Tensor, right: Tensor, out: Tensor, add: bool) -> None:

@@ -10,17 +10,20 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as functional
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from loong_ops.linear import outer
-from loong_ops.quack_products import LARGE, Tile, fits, needs_bfloat16, product, rows_of, tile_for
+from loong_ops.linear import column_sums, outer
+from loong_ops.linear import linear as by_cublas
+from loong_ops.quack_products import LARGE, Tile, fits, needs_bfloat16, product, rows_of, tile_for, worth
 from loong_ops.weight_gradient import delivered, weight_gradient
 
 BUSY = 0.95
 """Share of the card that QuACK's tiles of a weight's gradient must keep busy. On an H200 they reached 711 TFLOP/s at
 0.97 (weight [4096,12288]; cuBLAS 651), 614 at 0.81 ([5120,2048]; cuBLAS 683)."""
+
+NARROWEST = 2048
+"""Inputs and outputs from which the tiles were measured."""
 
 
 def linear(
@@ -29,12 +32,12 @@ def linear(
     """As `loong_core.references.linear.linear`, in bfloat16 on a Hopper card.
 
     x [..., n], weight [m,n], bias [m] or None -> [..., m]. Sums in float32, with the bias, and rounds once. Where n or
-    m is no multiple of 8, torch computes all of it. `_tiles` are tiles for "forward", "inputs" or "weight" (gradients).
-    Raises `Unsupported` for other dtypes.
+    m is no multiple of 8 or less than `NARROWEST`, or the rows are few, cuBLAS computes all of it. `_tiles` are tiles
+    for "forward", "inputs" or "weight" (gradients). Raises `Unsupported` for other dtypes.
     """
     needs_bfloat16("linear", "torch", x=x, weight=weight)
-    if not fits(*weight.shape):
-        return functional.linear(x, weight, bias)
+    if not fits(*weight.shape) or min(weight.shape) < NARROWEST or not worth(x):
+        return by_cublas(x, weight, bias)
     result: Tensor = _Linear.apply(x, weight, bias, _tiles or {})
     return result
 
@@ -69,7 +72,7 @@ class _Linear(torch.autograd.Function):
             tile = ctx.tiles.get("weight") or (LARGE if LARGE.busy(*weight.shape) >= BUSY else None)
             d_weight = weight_gradient(weight, partial(_outer, d_out, rows_of(x), tile))
         if needs_bias:
-            d_bias = delivered(bias, d_out.sum(0, dtype=torch.float32))
+            d_bias = delivered(bias, column_sums(d_out))
         return d_x, d_weight, d_bias, None
 
 

@@ -21,6 +21,11 @@ UNITS = 132
 """Streaming multiprocessors of an H200: output tiles that are computed at once."""
 
 
+FEWEST = 16384
+"""Rows from which the tiles here were measured. With fewer cuBLAS, which knows more of them and can split sums, keeps
+more of the card busy."""
+
+
 class Tile(NamedTuple):
     """The tile of one thread block, and whether two warp groups take turns (`pingpong`) or share a tile."""
 
@@ -68,6 +73,11 @@ def needs_bfloat16(op: str, other: str, **tensors: Tensor) -> None:
 def fits(*sizes: int) -> bool:
     """Whether tensor maps can step over rows of these sizes."""
     return all(size > 0 and size % ALIGNMENT == 0 for size in sizes)
+
+
+def worth(x: Tensor) -> bool:
+    """Whether x [..., n] has enough rows (or none, which is quickest said)."""
+    return x.numel() >= FEWEST * x.shape[-1] or not x.numel()
 
 
 def plain(tensor: Tensor) -> Tensor:

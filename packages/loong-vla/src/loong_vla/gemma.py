@@ -164,7 +164,7 @@ def adaptive_norm(x: Tensor, modulation: Tensor, epsilon: float, ops: Ops) -> tu
 
 def feed_forward(x: Tensor, layers: nn.ModuleDict, ops: Ops) -> Tensor:
     """Two products with a gated GELU between them (Shazeer, 2020), in its tanh form."""
-    return ops.linear(ops.geglu(ops.linear(x, layers["up"].weight)), layers["down"].weight)
+    return ops.gated_mlp(x, layers["up"].weight, layers["down"].weight, activation="gelu")
 
 
 def turned(mixed: Tensor, shape: tuple[int, int, int], angles: Tensor, ops: Ops) -> tuple[Tensor, Tensor, Tensor]:
