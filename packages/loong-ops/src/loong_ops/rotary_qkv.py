@@ -266,16 +266,16 @@ def _forward_kernel(
         _heads_forward(heads + mixed_w, mixed_g, key_norm, key + place, cos, sin, epsilon, together, size, rotated)
         first, second, rest = _load(heads + 2 * mixed_w, mixed_g, together, size, rotated)
         _store(value + place, first, second, rest, together, size, rotated)
-        groups = 0
-    for group in range(groups):
-        heads = mixed + row * mixed_s + sample * mixed_b + group * mixed_g
-        place = token * groups + group
-        target = query + place * queries * size
-        _heads_forward(heads, mixed_w, query_norm, target, cos, sin, epsilon, queries, size, rotated)
-        heads += queries * mixed_w
-        _heads_forward(heads, 0, key_norm, key + place * size, cos, sin, epsilon, 1, size, rotated)
-        first, second, rest = _load(heads + mixed_w, 0, 1, size, rotated)
-        _store(value + place * size, first, second, rest, 1, size, rotated)
+    else:
+        for group in range(groups):
+            heads = mixed + row * mixed_s + sample * mixed_b + group * mixed_g
+            place = token * groups + group
+            target = query + place * queries * size
+            _heads_forward(heads, mixed_w, query_norm, target, cos, sin, epsilon, queries, size, rotated)
+            heads += queries * mixed_w
+            _heads_forward(heads, 0, key_norm, key + place * size, cos, sin, epsilon, 1, size, rotated)
+            first, second, rest = _load(heads + mixed_w, 0, 1, size, rotated)
+            _store(value + place * size, first, second, rest, 1, size, rotated)
 
 
 @triton.jit
