@@ -7,12 +7,10 @@ import importlib.util
 import sys
 import types
 from collections.abc import Iterator
-from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-import torch.nn.functional as functional
 from torch import Tensor
 
 from loong_ops import quack_linear, quack_products
@@ -110,7 +108,7 @@ def gemm_gated(
     concat_layout: tuple[str, ...], cu_seqlens_m: Tensor | None = None, A_idx: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor]:  # fmt: skip
     """Stands for quack.gemm_interface.gemm_gated; B is [l,k,n] with segments of rows, [k,n] without."""
-    assert activation in GATES and not tuned and concat_layout == ("B",) and B.stride(-2) == 1
+    assert activation == "swiglu" and not tuned and concat_layout == ("B",) and B.stride(-2) == 1
     assert config.tile_n % 32 == 0 and (cu_seqlens_m is None) == (A_idx is None) == (B.dim() == 2)
     before = A.new_empty(len(A if A_idx is None else A_idx), B.shape[-1])
     for tensor in (A, B, before):
@@ -122,7 +120,7 @@ def gemm_gated(
         for index, rows in segments(cu_seqlens_m):
             wide[rows] = A[A_idx[rows].long()].float() @ alternate(B[index].float(), 1)
     before.copy_(wide)
-    after = (GATES[activation](wide[:, ::2]) * wide[:, 1::2]).to(A.dtype)
+    after = (torch.nn.functional.silu(wide[:, ::2]) * wide[:, 1::2]).to(A.dtype)
     return before if store_preact else None, after
 
 
@@ -132,7 +130,7 @@ def gemm_dgated(
     cu_seqlens_m: Tensor | None = None, A_idx: Tensor | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Stands for quack.gemm_interface.gemm_dgated; B is [l,k,n] with segments of rows, [k,n] without."""
-    assert activation in GATES and not tuned and not dynamic_scheduler
+    assert activation == "swiglu" and not tuned and not dynamic_scheduler
     assert (cu_seqlens_m is None) == (A_idx is None) == (B.dim() == 2)
     assert colvec_scale is None or colvec_scale.dtype == torch.float32
     for tensor in (A, B, PreAct):
@@ -145,16 +143,13 @@ def gemm_dgated(
         scale = 1.0 if colvec_scale is None else colvec_scale[rows, None]
         before = PreAct[rows].float().requires_grad_()
         with torch.enable_grad():
-            value = GATES[activation](before[:, ::2]) * before[:, 1::2]
+            value = torch.nn.functional.silu(before[:, ::2]) * before[:, 1::2]
         d_value = left.float() @ right.float()
         (found,) = torch.autograd.grad(value, before, d_value * scale)
         d_before[rows] = found.to(A.dtype)
         after[rows] = (value * scale).detach().to(A.dtype)
         reduced[rows] = (value * d_value).detach().sum(1)
     return (d_before, after, reduced) if colvec_reduce else (d_before, after)
-
-
-GATES = {"swiglu": functional.silu, "geglu": partial(functional.gelu, approximate="tanh")}
 
 
 def any_size(monkeypatch: pytest.MonkeyPatch) -> None:

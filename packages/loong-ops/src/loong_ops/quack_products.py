@@ -76,7 +76,10 @@ def fits(*sizes: int) -> bool:
 
 
 def worth(x: Tensor) -> bool:
-    """Whether x [..., n] has enough rows (or none, which is quickest said)."""
+    """Whether x [..., n] has enough rows (or none, which is quickest said). Never in a CUDA graph: a run of Pi0.5 that
+    captured these products ended out of memory."""
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        return False
     return x.numel() >= FEWEST * x.shape[-1] or not x.numel()
 
 

@@ -18,6 +18,8 @@ ENVIRONMENT = {
     "NVIDIA_TF32_OVERRIDE": "0",
     # Growing segments instead of fixed blocks: packed rows of varying layout would fragment the allocator's cache.
     "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+    # Otherwise the profiler takes its library down as it stops; profiled runs with CUDA graphs crashed when they ended.
+    "TEARDOWN_CUPTI": "0",
 }
 
 PEAK_FLOPS: tuple[tuple[str, dict[str, float]], ...] = (

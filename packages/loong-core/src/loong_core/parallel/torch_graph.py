@@ -96,6 +96,8 @@ class Graphs:
                 text[0],
             )
             torch.cuda.synchronize()
+            del graph  # what was recorded holds memory that going on without graphs needs
+            torch.cuda.empty_cache()
             store.discard()
             store.mark_filled(before)
             return None

@@ -40,8 +40,7 @@ def profiled(run: Run) -> Iterator[None]:
     from torch.profiler import ProfilerActivity, profile
 
     cuda = run.device.startswith("cuda")
-    # On a GPU its kernels and the host's launches, but no operators: observing those in threads that load data as well
-    # brought the process down at its end (torch 2.11).
+    # On a GPU its kernels and the host's launches; operators would make the trace ten times as large.
     activities = [ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]
     with profile(activities=activities) as profiler:
         began = time.perf_counter()

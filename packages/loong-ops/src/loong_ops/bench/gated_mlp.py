@@ -96,9 +96,9 @@ def product(kind: str, tile: Tile) -> Thunk:
     out = torch.empty_like(x)
     buffer = torch.zeros(up.shape if kind == "d_up" else down.shape, device="cuda")
     thunks: dict[str, Thunk] = {
-        "up": lambda: quack_mlp._gated(x, up, True, "swiglu", tile),
+        "up": lambda: quack_mlp._gated(x, up, True, tile),
         "down": lambda: multiply(narrow, down, out, tile),
-        "d_act": lambda: quack_mlp._d_gated(x, down, wide, "swiglu", tile),
+        "d_act": lambda: quack_mlp._d_gated(x, down, wide, tile),
         "d_x": lambda: quack_mlp._d_inputs(wide, up, tile),
         "d_down": lambda: quack_mlp._outer(x, narrow, tile, False, buffer, True),
         "d_up": lambda: quack_mlp._outer(x, wide, tile, True, buffer, True),
