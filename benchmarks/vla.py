@@ -32,7 +32,6 @@ from vla_rows import (
     TINY_GROOT,
     TINY_PI05,
     TINY_SIZES,
-    TORCH,
     Row,
 )
 
@@ -191,7 +190,7 @@ def _recipe(
             "eval": None,
             "options": {"cameras": [*row.cameras, *[None] * row.absent]},
         },
-        "parallel": {"recompute": "none", "options": TORCH},
+        "parallel": {"recompute": "none"},
         "optim": CONSTANT,
         "backend": options.backend,
         "precision": options.precision,

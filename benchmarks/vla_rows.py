@@ -8,8 +8,6 @@ from typing import Any
 SEED = 1234
 CONSTANT = {"warmup": 0, "schedule": "constant"}
 """The learning rate of every row, at the recipe's peak: no step's time depends on it."""
-TORCH = {"cuda_graph": True}
-"""Options of the torch planner."""
 FRONT, WRIST = "observation.images.front", "observation.images.wrist"
 PI05_TASK = "pick up the black bowl between the plate and the ramekin and place it on the plate"
 GROOT_TASK = "put both the alphabet soup and the tomato sauce in the basket, then close the drawer of the cabinet"
