@@ -131,6 +131,7 @@ def test_one_wrong_key(train: Train, path: tuple[str, ...], value: Any, parts: S
         (["launch.nodes=2"], ["launch.rendezvous"]),
         (["backend=cuda"], ["'cuda' finds no device", "Available here: cpu", "loong doctor"]),
         (["run.steps"], ["Write key=value"]),
+        (["log.profile=3"], ["`log.profile`", "ends with step 2"]),
         (["--optim.lr=1"], ["without dashes"]),
     ],
 )
