@@ -94,7 +94,7 @@ def test_the_recipe_itself_is_right(train: Train) -> None:
         (("data", "path"), {"a": 1}, ["not allowed", "a path"]),
         (("model", "family"), "qwen_3", ["'qwen_3'", "Did you mean 'qwen3'", "Installed: ", "llama, "]),
         (("parallel", "planner"), "megatrn", ["'megatrn'", "Did you mean 'megatron'", "Installed: megatron"]),
-        (("precision",), "fp33", ["'fp33'", "Installed: bf16, fp32"]),
+        (("precision",), "fp33", ["'fp33'", "Installed: bf16, bf16_gradients, fp32"]),
         (("backend",), "cpuu", ["'cpuu'", "Did you mean 'cpu'", "Installed: cpu, cuda"]),
         (("task", "name"), "pretran", ["'pretran'", "Did you mean 'pretrain'", "Installed:"]),
         (("data", "source"), "jsnl", ["'jsnl'", "Did you mean 'jsonl'", "Installed:"]),
