@@ -7,7 +7,7 @@ pass of eight bytes a weight that is not needed. Shape legend: t rows (all leadi
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -64,8 +64,15 @@ def column_sums(rows: Tensor) -> Tensor:
     """[t,m] -> [m], at least in float32. In 16 bits on a card this is a product with ones, which reads at the speed of
     memory; torch's sum over the first dim was measured at a quarter of it (H200, 7168 rows)."""
     if rows.device.type == "cuda" and rows.dtype in (torch.bfloat16, torch.float16) and len(rows):
-        return torch.mm(rows.new_ones(1, len(rows)), rows, out_dtype=torch.float32)[0]
+        ones = _ones(1 << (len(rows) - 1).bit_length(), rows.dtype, rows.device)
+        return torch.mm(ones[:, : len(rows)], rows, out_dtype=torch.float32)[0]
     return rows.sum(0, dtype=torch.promote_types(rows.dtype, torch.float32))
+
+
+@cache
+def _ones(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[1,count], made once for each power of two, and kept: CUDA graphs go on to read it."""
+    return torch.ones(1, count, dtype=dtype, device=device)
 
 
 def outer(left: Tensor, right: Tensor, out: Tensor, add: bool) -> None:

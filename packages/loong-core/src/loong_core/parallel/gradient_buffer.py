@@ -13,8 +13,10 @@ first to deliver writes over it.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -44,10 +46,16 @@ def buffer_to_fill(weight: Any) -> tuple[Tensor | None, bool]:
 
 def mark_added(weight: Any) -> None:
     """Say that the whole gradient of `weight` is in its buffer; backward then returns None for it."""
-    # The overlapped reduction insists on a gradient being there: one element, expanded, costs nothing.
-    weight.grad = weight.detach().new_zeros(()).expand(weight.shape)
+    # The overlapped reduction insists on a gradient being there: one element, expanded, costs no memory.
+    weight.grad = _nothing(weight.dtype, weight.device).expand(weight.shape)
     weight.grad_added_to_main_grad = True
     weight.main_grad_delivered = True
+
+
+@cache
+def _nothing(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A zero, made once: hundreds of weights a step would each launch a kernel for their own."""
+    return torch.zeros((), dtype=dtype, device=device)
 
 
 def clear(buckets: Iterable[Any]) -> None:
