@@ -40,7 +40,8 @@ class Block(nn.Module):
         mixed = self._product(self.attn["qkv"], self.attn["norm"](hidden))
         # Heads stay behind the patches, where kernels read and write them: nothing is copied, either way.
         parts = mixed.view(images, patches, 3, self.heads, -1).unbind(2)
-        seen = functional.scaled_dot_product_attention(*(part.transpose(1, 2) for part in parts))
+        query, key, value = (part.transpose(1, 2) for part in parts)
+        seen = functional.scaled_dot_product_attention(query, key, value)
         hidden = hidden + self._product(self.attn["out"], seen.transpose(1, 2).reshape(images, patches, width))
         up = self.mlp["up"]
         inner = self.linear_gelu(self.mlp["norm"](hidden), up.weight, up.bias)  # type: ignore[arg-type]

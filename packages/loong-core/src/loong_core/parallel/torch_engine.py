@@ -229,7 +229,7 @@ class TorchEngine:
         any other the host waits for them, and for all that the device still has to do."""
         if hasattr(self._module, "packing"):
             batch = {**batch, **self._module.packing(batch)}
-        if torch.device(self.device).type != "cuda":
+        if self._copies is None:
             return {name: tensor.to(self.device) for name, tensor in batch.items()}
         pinned = {name: tensor if tensor.is_pinned() else tensor.pin_memory() for name, tensor in batch.items()}
         here = torch.cuda.current_stream()
