@@ -71,7 +71,8 @@ def column_sums(rows: Tensor) -> Tensor:
 
 @cache
 def _ones(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[1,count], made once for each power of two, and kept: CUDA graphs go on to read it."""
+    """[1,count], made once for each power of two, and kept: CUDA graphs go on to read it. The passes that run before a
+    graph is captured make what it needs; made inside of it, it would hold ones only once the graph has run."""
     return torch.ones(1, count, dtype=dtype, device=device)
 
 
