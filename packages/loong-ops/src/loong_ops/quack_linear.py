@@ -23,7 +23,7 @@ BUSY = 0.95
 0.97 (weight [4096,12288]; cuBLAS 651), 614 at 0.81 ([5120,2048]; cuBLAS 683)."""
 
 NARROWEST = 2048
-"""Inputs and outputs from which the tiles were measured."""
+"""The fewest inputs and outputs with which the tiles were measured."""
 
 
 def linear(

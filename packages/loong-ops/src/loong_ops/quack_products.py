@@ -22,8 +22,8 @@ UNITS = 132
 
 
 FEWEST = 16384
-"""Rows from which the tiles here were measured. With fewer cuBLAS, which knows more of them and can split sums, keeps
-more of the card busy."""
+"""Rows from which products are QuACK's. The tiles here were measured at 32,768; where below that cuBLAS gets ahead,
+which knows more tiles and can split sums, was not. So this is a cautious guess."""
 
 
 class Tile(NamedTuple):
@@ -76,8 +76,9 @@ def fits(*sizes: int) -> bool:
 
 
 def worth(x: Tensor) -> bool:
-    """Whether x [..., n] has enough rows (or none, which is quickest said). Never in a CUDA graph: a run of Pi0.5 that
-    captured these products ended out of memory."""
+    """Whether x [..., n] has enough rows (or none, which is quickest said). Never in a CUDA graph, where
+    these products have not been seen to work: the one run that had rows enough for them ended out of memory while
+    capturing, for a reason that was not established."""
     if x.is_cuda and torch.cuda.is_current_stream_capturing():
         return False
     return x.numel() >= FEWEST * x.shape[-1] or not x.numel()
