@@ -174,13 +174,13 @@ def overrides(row: Row, options: argparse.Namespace, folder: Path, steps: int) -
         f"data.global_batch={row.rows * world}",
         f"data.micro_batch={row.micro_batch}",
         f"backend={options.backend}",
-        f"precision={options.precision}",
         f"launch.devices={world}",
         "parallel.recompute=none",
         "checkpoint.every=null",
         "checkpoint.export=null",
         "log.to=[jsonl]",
     ]
+    words += [f"precision={options.precision}"] if options.precision else []
     words += [f"parallel.ep={world}"] if row.sparse else []
     return [*words, *row.overrides, *options.loong]
 
@@ -377,7 +377,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--peer", action="append", default=[], metavar="KEY=VALUE", help="a setting of the peer (JSON)")
     parser.add_argument("--revision", help="commit to record, where this is a copy without a repository")
     parser.add_argument("--backend", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--precision", default="bf16")
+    parser.add_argument("--precision", help="a precision policy; by default the recipe's")
     parser.add_argument("--tiny", action="store_true", help="two small layers and short rows, to try the script")
     options = parser.parse_args()
     options.rows = [name for name in options.rows.split(",") if name]
