@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -60,3 +62,18 @@ def test_no_step_is_profiled_unasked(tmp_path: Path) -> None:
     with profiled(run):
         torch.zeros(1)
     assert not list((tmp_path / "logs").iterdir())
+
+
+@pytest.mark.parametrize("profiled_on_a_device", [True, False])
+def test_a_profiled_process_leaves_without_exit_handlers(profiled_on_a_device: bool) -> None:
+    program = (
+        "import atexit\n"
+        "from loong_core.train import profile, worker\n"
+        "atexit.register(print, 'handled')\n"
+        f"profile.on_a_device = {profiled_on_a_device}\n"
+        "print('said', end='')\n"
+        "worker.end(3)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 3
+    assert done.stdout == ("said" if profiled_on_a_device else "saidhandled\n")

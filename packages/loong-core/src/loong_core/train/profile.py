@@ -14,6 +14,8 @@ from loong_core.log import logger
 if TYPE_CHECKING:
     from loong_core.train.run import Run
 
+on_a_device = False
+"""Whether this process has profiled a GPU: then it ends in another way (`loong_core.train.worker.end`)."""
 _LONGEST = 110
 """Letters of a kernel's name that the table shows."""
 
@@ -39,7 +41,8 @@ def profiled(run: Run) -> Iterator[None]:
     import torch
     from torch.profiler import ProfilerActivity, profile
 
-    cuda = run.device.startswith("cuda")
+    global on_a_device
+    cuda = on_a_device = run.device.startswith("cuda")
     # On a GPU its kernels and the host's launches; operators would make the trace ten times as large.
     activities = [ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]
     with profile(activities=activities) as profiler:

@@ -7,6 +7,7 @@ The exit code is that of the command line: 0, 1 (the run failed), 2 (the input i
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import traceback
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from typing import NoReturn
+
     from loong_core.data.prepare import PreparedData
     from loong_core.startup import Startup
     from loong_core.train.batches import Batches
@@ -158,5 +161,18 @@ def _leave(error: BaseException | None) -> None:
         dist.destroy_process_group()
 
 
+def end(code: int) -> NoReturn:
+    """Leave the process. Where a GPU's step was profiled, without what native libraries do at the exit: everything is
+    on disk, and after a profile some of them freed memory twice there, which made a failure of a finished run."""
+    from loong_core.train import profile
+
+    if not profile.on_a_device:
+        sys.exit(code)
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    end(main(Path(sys.argv[1])))
