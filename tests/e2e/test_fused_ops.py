@@ -17,7 +17,17 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-FUSED = ("rms_norm", "linear_cross_entropy", "rotary_qkv", "swiglu", "route", "experts", "adamw")
+FUSED = (
+    "rms_norm",
+    "residual_rms_norm",
+    "linear_cross_entropy",
+    "rotary_qkv",
+    "swiglu",
+    "route",
+    "experts",
+    "sum_of_squares",
+    "adamw",
+)
 PRODUCTS = ("linear", "gated_mlp")
 TOLERANCE = 1e-3
 COMMON = {

@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
-from loong_core.testing import OpContract
+from loong_core.testing import DropoutContract, OpContract, SquaresContract
 
 
 class TestRmsNorm(OpContract):
     op = "rms_norm"
+    implementation = "torch"
+    dtypes = ("float32", "bfloat16", "float16", "float64")
+
+
+class TestResidualRmsNorm(OpContract):
+    op = "residual_rms_norm"
+    implementation = "torch"
+    dtypes = ("float32", "bfloat16", "float16", "float64")
+
+
+class TestLayerNorm(OpContract):
+    op = "layer_norm"
+    implementation = "torch"
+    dtypes = ("float32", "bfloat16", "float16", "float64")
+
+
+class TestResidualLayerNorm(OpContract):
+    op = "residual_layer_norm"
     implementation = "torch"
     dtypes = ("float32", "bfloat16", "float16", "float64")
 
@@ -83,6 +101,12 @@ class TestAdaRmsNorm(OpContract):
     dtypes = ("float32", "bfloat16", "float16", "float64")
 
 
+class TestResidualAdaRmsNorm(OpContract):
+    op = "residual_ada_rms_norm"
+    implementation = "torch"
+    dtypes = ("float32", "bfloat16", "float16", "float64")
+
+
 class TestLayerNormModulate(OpContract):
     op = "layer_norm_modulate"
     implementation = "torch"
@@ -93,3 +117,25 @@ class TestGatedResidual(OpContract):
     op = "gated_residual"
     implementation = "torch"
     dtypes = ("float32", "bfloat16", "float16", "float64")
+
+
+class TestDropoutAdd(OpContract):
+    op = "dropout_add"
+    implementation = "torch"
+    dtypes = ("float32", "bfloat16", "float16", "float64")
+
+
+class TestDropoutAddWithRates(DropoutContract):
+    op = "dropout_add"
+    implementation = "torch"
+    dtypes = ("float32", "bfloat16", "float16", "float64")
+
+
+class TestLinearGeluWithRates(DropoutContract):
+    op = "linear_gelu"
+    implementation = "torch"
+    dtypes = ("float32", "bfloat16", "float16", "float64")
+
+
+class TestSumOfSquares(SquaresContract):
+    implementation = "torch"

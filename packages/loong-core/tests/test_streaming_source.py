@@ -44,6 +44,9 @@ class Frames:
         self.asked = step
         return [{"value": step}]
 
+    def coming(self, step: int) -> list[Any] | None:
+        return None
+
     def eval_batches(self, index: int) -> list[Any]:
         return [{"value": index}]
 
@@ -166,7 +169,7 @@ def running(folder: Path, every: int | None, **sections: Any) -> Any:
 class Engine:
     """Losses that fall."""
 
-    def forward_backward(self, batches: Any, step: int) -> dict[str, float]:
+    def forward_backward(self, batches: Any, step: int, coming: Any = None) -> dict[str, float]:
         return {"loss": 1.0 / (1 + step), "counted": 8.0}
 
     def step(self, lr: float) -> float:

@@ -39,15 +39,23 @@ class Recorder:
     def __init__(self, engine: Any) -> None:
         self.engine, self.replays, self.fails = engine, 0, False
 
-    def function(self, batch: Any) -> Any:
-        self.batch = batch
-        self.report = self.engine._backward(batch)
-        return self.report
+    def noting(self, capture: Any) -> Any:
+        """`Graphs._capture` with a look at what it captures."""
+
+        def noted(function: Any, *arguments: Any) -> Any:
+            def noting(batch: Any) -> Any:
+                self.function, self.batch = function, batch
+                self.report = function(batch)
+                return self.report
+
+            return capture(noting, *arguments)
+
+        return noted
 
     @contextmanager
     def graph(self, graph: Any, **_: Any) -> Iterator[None]:
         store = self.engine._flat
-        kept, start = [bucket.gradients.clone() for bucket in store.buckets], store.filled()
+        kept, start = [bucket.gradients.clone() for bucket in store.buckets], store.progress()
         yield
         for bucket, values in zip(store.buckets, kept, strict=True):
             bucket.gradients.copy_(values)
@@ -55,13 +63,13 @@ class Recorder:
             parameter = store.buckets[0].trained[0]
             parameter.grad = parameter.detach() + 1e6  # a backward pass that was broken off
             raise RuntimeError("operation not permitted when stream is capturing\nand more")
-        graph.replay = self.replaying(self.batch, self.report, start)
+        graph.replay = self.replaying(self.function, self.batch, self.report, start)
 
-    def replaying(self, batch: Any, report: Any, start: list[bool]) -> Any:
+    def replaying(self, function: Any, batch: Any, report: Any, start: tuple[bool, ...]) -> Any:
         def replay() -> None:
             self.replays += 1
-            self.engine._flat.mark_filled(start)
-            report.copy_(self.engine._backward(batch))
+            self.engine._flat.set_progress(start)
+            report.copy_(function(batch))
 
         return replay
 
@@ -78,7 +86,8 @@ def with_graphs(engine: Any, most: int = 8) -> Recorder:
     stand_ins |= {"memory_reserved": lambda device: 1000 + next(seen), "memory_allocated": lambda device: 900}
     for name, value in stand_ins.items():
         mock.patch.object(torch.cuda, name, value, create=True).start()
-    engine._graphs = Graphs(recorder.function, most, "cpu")
+    engine._graphs = Graphs(most, "cpu")
+    engine._graphs._capture = recorder.noting(engine._graphs._capture)
     return recorder
 
 
@@ -108,6 +117,38 @@ def test_graphs_train_as_eager_passes(most: int, tmp_path: Path) -> None:
     # Of six micro-batches in a step one is the first, one is shorter, four are alike.
     assert graphs == min(most, 3) and replays >= 10
     assert idle == 100 * graphs
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("shard", ["none", "optimizer"])
+def test_graphs_reduce_gradients_of_the_last_micro_batch(shard: str, overlap: bool, tmp_path: Path) -> None:
+    """On two ranks: as eager passes, bucket by bucket inside of the graph that the step ends with."""
+    sections = recipe(), {"shard": shard, "bucket_size": 2000, "overlap": overlap}
+    sections[0]["parallel"]["options"] = sections[1]
+
+    def work(rank: int) -> list[Any]:
+        run, engine = tiny.start(sections[0], tmp_path)
+        exact = advance(run, engine, 5)
+        run, engine = tiny.start(sections[0], tmp_path)
+        recorder = with_graphs(engine)
+        reduced: list[int] = []
+        replay = recorder.replaying
+
+        def counting(function: Any, *arguments: Any) -> Any:
+            recorded = replay(function, *arguments)
+
+            def run_again() -> None:
+                recorded()
+                reduced.append(engine._flat.progress()[-1])
+
+            return run_again
+
+        recorder.replaying = counting  # type: ignore[method-assign]
+        return [exact, advance(run, engine, 5), len(engine._flat.buckets), reduced]
+
+    exact, found, buckets, reduced = run_ranks(2, work)[0]
+    assert found == exact and buckets > 2
+    assert any(reduced) == overlap and not all(reduced)
 
 
 def test_a_model_that_cannot_be_captured_trains_without_graphs(tmp_path: Path) -> None:

@@ -54,6 +54,31 @@ def test_norms_equal_torch(normalization, zero_centred, dtype):
     assert difference < (1e-6 if dtype == "float32" else 2e-2)
 
 
+@pytest.mark.parametrize(
+    ("implemented", "fused"),
+    [((), False), (("rms_norm",), False), (("residual_rms_norm",), False), (("rms_norm", "residual_rms_norm"), True)],
+)
+def test_a_norm_hands_x_through_where_one_implementation_computes_both_ops(implemented, fused):
+    def compute(rank):
+        import torch
+
+        from loong_core.ops import OPS, OpRequest, bind
+        from loong_core.parallel.torch_layers import TorchLayerProvider
+        from loong_core.types import OpImpl
+
+        mine = [OpImpl(op=op, name="mine", target=f"loong_core.references.norm:{op}", rank=5) for op in implemented]
+        layers = TorchLayerProvider(bind([*OPS, *mine], OpRequest("cpu", "float32", {}, {}), {}))
+        kinds = [layers.layer_norm(rms_norm=True, has_residual=has_residual) for has_residual in (True, False)]
+        norm, plain = (kind(config=config(normalization="RMSNorm"), hidden_size=8) for kind in kinds)
+        x = torch.arange(24.0).reshape(3, 8)
+        out = norm(x)
+        normed, residual = out if isinstance(out, tuple) else (out, x)
+        same = torch.equal(normed, plain(x)) and torch.equal(residual, x)
+        return [isinstance(out, tuple), same, list(norm.state_dict()), list(plain.state_dict())]
+
+    assert run_ranks(1, compute, init=True)[0] == [fused, True, ["weight"], ["weight"]]
+
+
 def test_another_normalization_is_refused():
     def compute(rank):
         from loong_core.errors import Unsupported

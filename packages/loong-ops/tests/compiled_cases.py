@@ -17,15 +17,19 @@ from loong_ops import cross_entropy as cross_entropy_module
 from loong_ops import quack_experts
 from loong_ops.adamw import adamw
 from loong_ops.cross_entropy import cross_entropy
+from loong_ops.dropout import dropout_add
 from loong_ops.experts import experts
 from loong_ops.gated_mlp import gated_mlp
 from loong_ops.gated_residual import gated_residual
 from loong_ops.geglu import geglu
+from loong_ops.gelu_dropout import gelu_dropout
+from loong_ops.layer_norm import layer_norm, residual_layer_norm
 from loong_ops.linear_cross_entropy import linear_cross_entropy
-from loong_ops.modulation import ada_rms_norm, layer_norm_modulate
-from loong_ops.rms_norm import rms_norm
+from loong_ops.modulation import ada_rms_norm, layer_norm_modulate, residual_ada_rms_norm
+from loong_ops.rms_norm import residual_rms_norm, rms_norm
 from loong_ops.rotary_qkv import rotary_qkv
 from loong_ops.route import route
+from loong_ops.sum_of_squares import sum_of_squares
 from loong_ops.swiglu import swiglu
 
 BFLOAT16, FLOAT32 = torch.bfloat16, torch.float32
@@ -45,15 +49,26 @@ def passes(function: Callable[..., Any], *inputs: Any, upstream: Callable[[Tenso
 
 
 # ------------------------------------------------------------------------------------------- rows
-def norm(rows: int, n: int, dtype: torch.dtype, frozen: bool = False) -> None:
+def norm(op: Callable[..., Any], rows: int, n: int, dtype: torch.dtype, frozen: bool = False, weights: int = 1) -> None:
     passes(
-        partial(rms_norm, epsilon=1e-6),
+        partial(op, epsilon=1e-6),
         trained(rows, n, dtype=dtype),
-        trained(n, dtype=dtype).requires_grad_(not frozen),
+        *(trained(n, dtype=dtype).requires_grad_(not frozen) for _ in range(weights)),
     )
 
 
-def modulated(op: Callable[..., Tensor], b: int, s: int, n: int, dtype: torch.dtype, whole: bool = False) -> None:
+def forward_norm(rows: int, n: int, dtype: torch.dtype) -> None:
+    """Of a tower that is not trained."""
+    x, *weights = (torch.empty(shape, dtype=dtype) for shape in ((rows, n), (n,), (n,)))
+    layer_norm(x, *weights, 1e-6)
+
+
+def bare_norm(rows: int, n: int, dtype: torch.dtype) -> None:
+    """Without weights."""
+    passes(lambda x: layer_norm(x, None, None, 1e-6), trained(rows, n, dtype=dtype))
+
+
+def modulated(op: Callable[..., Any], b: int, s: int, n: int, dtype: torch.dtype, whole: bool = False) -> None:
     """`whole`: one scale for all rows and no shift, as Gemma's norm has it; else parts of one modulation."""
     x, modulation = trained(b, s, n, dtype=dtype), trained(b, 3 * n, dtype=dtype)
     if whole:
@@ -65,6 +80,14 @@ def modulated(op: Callable[..., Tensor], b: int, s: int, n: int, dtype: torch.dt
 def residual(b: int, s: int, n: int, dtype: torch.dtype, stream: torch.dtype | None = None) -> None:
     parts = trained(b, s, n, dtype=stream or dtype), trained(b, s, n, dtype=dtype), trained(b, 3 * n, dtype=dtype)
     passes(lambda stream, x, modulation: gated_residual(stream, x, modulation[:, 2 * n :]), *parts)
+
+
+def dropped(b: int, s: int, n: int, dtype: torch.dtype) -> None:
+    passes(partial(dropout_add, rate=0.2), trained(b, s, n, dtype=dtype), trained(b, s, n, dtype=dtype))
+
+
+def dropped_activation(rows: int, n: int, dtype: torch.dtype) -> None:
+    passes(partial(gelu_dropout, rate=0.2), trained(rows, n, dtype=dtype))
 
 
 def activation(op: Callable[[Tensor], Tensor], rows: int, f: int, dtype: torch.dtype) -> None:
@@ -182,6 +205,11 @@ def update(count: int, parameter: torch.dtype, gradient: torch.dtype, moments: t
     adamw(*tensors, remainder, **settings, scale=torch.ones(()))
 
 
+def squares(*sizes: int, dtype: torch.dtype, start: int = 0) -> None:
+    """Of gradients that each have a buffer of their own, `start` elements into it."""
+    sum_of_squares([torch.empty(start + size, dtype=dtype)[start:] for size in sizes], "cpu")
+
+
 Calls = dict[str, dict[str, Callable[[], None]]]
 
 
@@ -225,11 +253,30 @@ OPS: Calls = {
         "odd": partial(head, 3, 501, 507, BFLOAT16),
     },
     "rms_norm": {
-        **both("qwen3_30b", norm, 16, 2048),
-        "qwen3_8b": partial(norm, 16, 4096, BFLOAT16),
-        "frozen": partial(norm, 16, 4096, BFLOAT16, frozen=True),
-        "head": partial(norm, 16, 128, BFLOAT16),
-        "odd": partial(norm, 3, 1001, BFLOAT16),
+        **both("qwen3_30b", norm, rms_norm, 16, 2048),
+        "qwen3_8b": partial(norm, rms_norm, 16, 4096, BFLOAT16),
+        "frozen": partial(norm, rms_norm, 16, 4096, BFLOAT16, frozen=True),
+        "head": partial(norm, rms_norm, 16, 128, BFLOAT16),
+        "odd": partial(norm, rms_norm, 3, 1001, BFLOAT16),
+    },
+    "residual_rms_norm": {
+        **both("qwen3_30b", norm, residual_rms_norm, 16, 2048),
+        "qwen3_8b": partial(norm, residual_rms_norm, 16, 4096, BFLOAT16),
+        "frozen": partial(norm, residual_rms_norm, 16, 4096, BFLOAT16, frozen=True),
+        "odd": partial(norm, residual_rms_norm, 3, 1001, BFLOAT16),
+    },
+    "layer_norm": {
+        **both("siglip", norm, layer_norm, 16, 1152, weights=2),
+        "without_bias": partial(norm, partial(layer_norm, bias=None), 16, 1024, BFLOAT16),
+        "frozen": partial(forward_norm, 16, 1024, BFLOAT16),
+        "bare": partial(bare_norm, 16, 1536, BFLOAT16),
+        "odd": partial(norm, layer_norm, 3, 1001, BFLOAT16, weights=2),
+    },
+    "residual_layer_norm": {
+        **both("siglip", norm, residual_layer_norm, 16, 1152, weights=2),
+        "wide": partial(norm, residual_layer_norm, 16, 4096, BFLOAT16, weights=2),
+        "frozen": partial(norm, residual_layer_norm, 16, 1024, BFLOAT16, frozen=True, weights=2),
+        "odd": partial(norm, residual_layer_norm, 3, 1001, BFLOAT16, weights=2),
     },
     "rotary_qkv": {
         **both("qwen3_30b", heads, 16, 1, 4, 8, 128, normed=True),
@@ -257,6 +304,11 @@ OPS: Calls = {
         "pi05-prefix": partial(modulated, ada_rms_norm, 1, 16, 2048, BFLOAT16, whole=True),
         "odd": partial(modulated, ada_rms_norm, 3, 7, 101, BFLOAT16),
     },
+    "residual_ada_rms_norm": {
+        **both("pi05-expert", modulated, residual_ada_rms_norm, 2, 50, 1024),
+        "pi05-prefix": partial(modulated, residual_ada_rms_norm, 1, 16, 2048, BFLOAT16, whole=True),
+        "odd": partial(modulated, residual_ada_rms_norm, 3, 7, 101, BFLOAT16),
+    },
     "layer_norm_modulate": {
         **both("groot", modulated, layer_norm_modulate, 2, 41, 1536),
         "odd": partial(modulated, layer_norm_modulate, 3, 7, 101, BFLOAT16, whole=True),
@@ -265,6 +317,19 @@ OPS: Calls = {
         **both("pi05-expert", residual, 2, 50, 1024),
         "float32-stream": partial(residual, 2, 50, 1024, BFLOAT16, FLOAT32),
         "odd": partial(residual, 3, 7, 101, BFLOAT16),
+    },
+    "dropout_add": {
+        **both("groot", dropped, 2, 41, 1536),
+        "odd": partial(dropped, 3, 7, 101, BFLOAT16),
+    },
+    "gelu_dropout": {
+        **both("groot", dropped_activation, 41, 6144),
+        "odd": partial(dropped_activation, 3, 101, BFLOAT16),
+    },
+    "sum_of_squares": {
+        "bfloat16": partial(squares, 1 << 20, dtype=BFLOAT16),
+        "float32": partial(squares, 1 << 20, 1 << 16, dtype=FLOAT32),
+        "odd": partial(squares, 1001, 7, dtype=BFLOAT16, start=3),
     },
     "route": {
         "qwen3_30b": partial(routing, 16, 128, 8, FLOAT32, valid=True),
@@ -277,7 +342,7 @@ OPS: Calls = {
         "odd": partial(quack_mixture, 9, 3, 2, 24, 13, first=2),
     },
 }
-"""Op, or module of QuACK's ops -> its calls."""
+"""Op, or a module behind one -> its calls."""
 
 CASES: dict[str, Callable[[], None]] = {
     f"{op}-{name}": call for op, calls in OPS.items() for name, call in calls.items()

@@ -9,8 +9,10 @@ import torch
 
 from loong_core.references import linear as references
 from loong_core.references.linear import linear as reference
+from loong_core.testing import DropoutContract
 from loong_core.testing.op import OpContract, error
 from loong_ops.linear import linear, linear_gelu
+from loong_ops.support import interpreted
 
 
 class TestLinear(OpContract):
@@ -41,6 +43,21 @@ class TestLinearGeluOnDevice(OpContract):
     op = "linear_gelu"
     implementation = "cublas"
     backend = "cuda"
+    device = "cuda"
+    dtypes = ("float32", "bfloat16", "float16", "float64")
+
+
+@pytest.mark.skipif(not interpreted(), reason="kernels run on the device here, not under Triton's interpreter")
+class TestLinearGeluWithRates(DropoutContract):
+    op = "linear_gelu"
+    implementation = "cublas"
+    dtypes = ("float32", "bfloat16", "float16", "float64")
+
+
+@pytest.mark.gpu
+class TestLinearGeluWithRatesOnDevice(DropoutContract):
+    op = "linear_gelu"
+    implementation = "cublas"
     device = "cuda"
     dtypes = ("float32", "bfloat16", "float16", "float64")
 

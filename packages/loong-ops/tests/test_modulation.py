@@ -32,6 +32,22 @@ class TestAdaRmsNormOnDevice(OpContract):
 
 
 @pytest.mark.skipif(not interpreted(), reason="kernels run on the device here, not under Triton's interpreter")
+class TestResidualAdaRmsNorm(OpContract):
+    op = "residual_ada_rms_norm"
+    implementation = "triton"
+    dtypes = ("float32", "bfloat16", "float16")
+
+
+@pytest.mark.gpu
+class TestResidualAdaRmsNormOnDevice(OpContract):
+    op = "residual_ada_rms_norm"
+    implementation = "triton"
+    backend = "cuda"
+    device = "cuda"
+    dtypes = ("float32", "bfloat16", "float16")
+
+
+@pytest.mark.skipif(not interpreted(), reason="kernels run on the device here, not under Triton's interpreter")
 class TestLayerNormModulate(OpContract):
     op = "layer_norm_modulate"
     implementation = "triton"

@@ -1,4 +1,4 @@
-"""The op `rms_norm` in Triton."""
+"""The ops `rms_norm` and `residual_rms_norm` in Triton."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import torch
 from loong_core.errors import Unsupported
 from loong_core.references import norm
 from loong_core.testing import OpContract
-from loong_ops.rms_norm import Config, _cut, _rows, rms_norm
+from loong_ops.norm_rows import Config, as_rows, cut
+from loong_ops.rms_norm import residual_rms_norm, rms_norm
 from loong_ops.support import interpreted
 
 DEVICE = "cpu" if interpreted() else "cuda"
@@ -24,6 +25,22 @@ class TestRmsNorm(OpContract):
 @pytest.mark.gpu
 class TestRmsNormOnDevice(OpContract):
     op = "rms_norm"
+    implementation = "triton"
+    backend = "cuda"
+    device = "cuda"
+    dtypes = ("float32", "bfloat16", "float16")
+
+
+@pytest.mark.skipif(not interpreted(), reason="kernels run on the device here, not under Triton's interpreter")
+class TestResidualRmsNorm(OpContract):
+    op = "residual_rms_norm"
+    implementation = "triton"
+    dtypes = ("float32", "bfloat16", "float16")
+
+
+@pytest.mark.gpu
+class TestResidualRmsNormOnDevice(OpContract):
+    op = "residual_rms_norm"
     implementation = "triton"
     backend = "cuda"
     device = "cuda"
@@ -62,9 +79,9 @@ def test_frozen_inputs(wanted: tuple[bool, ...]) -> None:
 @pytest.mark.parametrize("config", [Config(1, 1, 1, 1, 1, 1), Config(4, 1, 2, 1, 3, 2), Config(2, 2, 4, 2, 99, 3)])
 def test_cuts_give_the_same(config: Config) -> None:
     found = []
-    for cut in (config, None):
+    for chosen in (config, None):
         x, weight = drawn(9, 12).requires_grad_(), drawn(12, seed=1).requires_grad_()
-        y = rms_norm(x, weight, 1e-6, _config=cut)
+        y = rms_norm(x, weight, 1e-6, _config=chosen)
         y.backward(y.detach().cos())
         found.append((y.detach(), x.grad, weight.grad))
     for ours, expected in zip(*found, strict=True):
@@ -85,8 +102,8 @@ def test_weight_adds_to_its_buffer(dtype: torch.dtype) -> None:
 
 def test_views_of_whole_rows_are_not_copied() -> None:
     wide = drawn(5, 3, 20)
-    assert _rows(wide[..., :12]).data_ptr() == wide.data_ptr()
-    assert _rows(wide.transpose(0, 1)).data_ptr() != wide.data_ptr()
+    assert as_rows(wide[..., :12]).data_ptr() == wide.data_ptr()
+    assert as_rows(wide.transpose(0, 1)).data_ptr() != wide.data_ptr()
     torch.testing.assert_close(
         rms_norm(wide[..., 4:12], drawn(8), 1e-6), norm.rms_norm(wide[..., 4:12], drawn(8), 1e-6)
     )
@@ -99,6 +116,7 @@ def test_no_rows() -> None:
 
 
 def test_too_wide_is_an_error() -> None:
-    assert _cut(16384).warps == 16 and _cut(16384).programs == 132
-    with pytest.raises(Unsupported, match="rows of 16385.*Allowed: up to 16384"):
-        rms_norm(torch.ones(1, 16385, device=DEVICE), torch.ones(16385, device=DEVICE), 1e-6)
+    widest = cut("rms_norm", 16384, 24)
+    assert widest.warps == 16 and widest.programs == 132
+    with pytest.raises(Unsupported, match="residual_rms_norm: rows of 16385.*Allowed: up to 16384"):
+        residual_rms_norm(torch.ones(1, 16385, device=DEVICE), torch.ones(16385, device=DEVICE), 1e-6)

@@ -57,6 +57,44 @@ def trained(rank: int, options: dict[str, dict[str, Any]], folder: Path) -> dict
     return found
 
 
+def ahead(rank: int, top: int, folder: Path) -> list[Any]:
+    """Numbers of five steps: without looking ahead, with, and with batches that are not always there in time; and how
+    often rows were there already."""
+    found: list[Any] = []
+    for options, known in (({}, ()), ({"ahead": True}, (1, 2, 3, 4)), ({"ahead": True}, (2, 4))):
+        settings = recipe(**options)
+        settings["model"]["config"] |= {"tune_top_llm_layers": top}
+        run, engine = tiny.start(settings, folder)
+        forward, seen = engine._module.forward, 0
+
+        def counting(batch: Any, forward: Any = forward) -> Any:
+            nonlocal seen
+            seen += "frozen" in batch
+            return forward(batch)
+
+        engine._module.forward = counting
+        numbers = []
+        for step in range(5):
+
+            def coming(step: int = step + 1, run: Any = run, known: Any = known) -> Any:
+                return micro_batches(run, step) if step in known else None
+
+            numbers += [engine.forward_backward(micro_batches(run, step), step, coming)["loss"], engine.step(2e-3)]
+            if step == 2:
+                numbers.append(engine.evaluate(micro_batches(run, 9))["loss"])
+        found += [numbers, seen]
+        engine.close()
+    return found
+
+
+@pytest.mark.parametrize("top", [0, 1, 2])
+def test_what_is_frozen_may_be_computed_ahead(top: int, tmp_path: Path) -> None:
+    exact, none, always, all_of_them, sometimes, half = run_ranks(1, ahead, top, tmp_path, megatron=False)[0]
+    assert always == exact and sometimes == exact
+    # Four micro-batches a step. Of three layers DeepStack adds to two: with the two upper ones trained, one is trained.
+    assert (none, all_of_them, half) == ((0, 16, 8) if top < 2 else (0, 0, 0))
+
+
 def test_every_way_to_share_it_out(tmp_path: Path) -> None:
     alone = run_ranks(1, trained, {"none": SHARDS["none"]}, tmp_path, timeout=300, megatron=False)[0]["none"]
     assert alone["numbers"][0] != alone["numbers"][2]

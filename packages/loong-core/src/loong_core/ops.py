@@ -49,6 +49,23 @@ DECLARATIONS: Mapping[str, OpDeclaration] = {
             summary="Root-mean-square norm over the last dim: computed in float32, rounded, then scaled by weight.",
         ),
         OpDeclaration(
+            name="layer_norm",
+            signature="layer_norm(x[..., n], weight[n] or None, bias[n] or None, epsilon) -> [..., n] in x's dtype",
+            reference="loong_core.references.norm:layer_norm",
+            tolerances={"float64": 1e-12, "float32": 1e-5, "bfloat16": 2e-2, "float16": 4e-3},
+            summary="Layer norm over the last dim: computed in float32, rounded once.",
+        ),
+        *(
+            OpDeclaration(
+                name=f"residual_{name}",
+                signature=f"residual_{name}(as {name}) -> (its result, x)",
+                reference=f"loong_core.references.{module}:residual_{name}",
+                tolerances={"float64": 1e-12, "float32": 1e-5, "bfloat16": 3e-2, "float16": 4e-3},
+                summary=f"As {name}, x handed through beside it: one backward adds the gradients of both.",
+            )
+            for name, module in (("rms_norm", "norm"), ("layer_norm", "norm"), ("ada_rms_norm", "modulation"))
+        ),
+        OpDeclaration(
             name="attention",
             signature=(
                 "attention(query[s,b,h,d], key[t,b,g,d], value[t,b,g,e], *, scale, dropout=0.0, rows=None, "
@@ -128,10 +145,10 @@ DECLARATIONS: Mapping[str, OpDeclaration] = {
         ),
         OpDeclaration(
             name="linear_gelu",
-            signature="linear_gelu(x[..., n], weight[m,n], bias[m]) -> [..., m] in x's dtype",
+            signature="linear_gelu(x[..., n], weight[m,n], bias[m], *, dropout=0.0) -> [..., m] in x's dtype",
             reference="loong_core.references.linear:linear_gelu",
             tolerances={"float64": 1e-12, "float32": 1e-5, "bfloat16": 2e-2, "float16": 4e-3},
-            summary="A matrix product with biases, and GELU (tanh form) of it.",
+            summary="A matrix product with biases, and GELU (tanh form) of it, dropped where there is a rate.",
         ),
         OpDeclaration(
             name="gated_mlp",
@@ -167,6 +184,20 @@ DECLARATIONS: Mapping[str, OpDeclaration] = {
             reference="loong_core.references.modulation:gated_residual",
             tolerances={"float64": 1e-12, "float32": 1e-5, "bfloat16": 2e-2, "float16": 4e-3},
             summary="A branch times the gate of its sample, added to the residual.",
+        ),
+        OpDeclaration(
+            name="dropout_add",
+            signature="dropout_add(x[...], residual[...], rate) -> [...] in residual's dtype",
+            reference="loong_core.references.dropout:dropout_add",
+            tolerances={"float64": 1e-12, "float32": 1e-5, "bfloat16": 2e-2, "float16": 4e-3},
+            summary="A branch's dropout, added to the residual.",
+        ),
+        OpDeclaration(
+            name="sum_of_squares",
+            signature="sum_of_squares(tensors, device) -> [] in float32, without gradients",
+            reference="loong_core.references.sum_of_squares:sum_of_squares",
+            tolerances={"float32": 1e-5, "bfloat16": 1e-5, "float16": 1e-5},
+            summary="Of all elements of tensors on a device, as a norm of gradients needs it.",
         ),
         OpDeclaration(
             name="adamw",
@@ -218,6 +249,10 @@ class Ops:
     """The bound ops as plain functions, and how each was chosen. Signatures: `DECLARATIONS`."""
 
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
+    layer_norm: Callable[[Tensor, Tensor | None, Tensor | None, float], Tensor]
+    residual_rms_norm: Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
+    residual_layer_norm: Callable[[Tensor, Tensor | None, Tensor | None, float], tuple[Tensor, Tensor]]
+    residual_ada_rms_norm: Callable[[Tensor, Tensor, Tensor | None, float], tuple[Tensor, Tensor]]
     attention: Callable[..., Tensor]
     ragged_attention: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, tuple[int, int]], Tensor]
     cross_entropy: Callable[..., Tensor]
@@ -227,12 +262,14 @@ class Ops:
     route: Callable[..., Any]
     experts: Callable[..., Tensor]
     linear: Callable[..., Tensor]
-    linear_gelu: Callable[[Tensor, Tensor, Tensor], Tensor]
+    linear_gelu: Callable[..., Tensor]
     gated_mlp: Callable[..., Tensor]
     geglu: Callable[[Tensor], Tensor]
     ada_rms_norm: Callable[[Tensor, Tensor, Tensor | None, float], Tensor]
     layer_norm_modulate: Callable[[Tensor, Tensor, Tensor | None, float], Tensor]
     gated_residual: Callable[[Tensor, Tensor, Tensor], Tensor]
+    dropout_add: Callable[[Tensor, Tensor, float], Tensor]
+    sum_of_squares: Callable[[Sequence[Tensor], str], Tensor]
     adamw: Callable[..., None]
 
     def __init__(self, functions: Mapping[str, Callable[..., Any]], choices: Mapping[str, OpChoice]) -> None:

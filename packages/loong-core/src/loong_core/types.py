@@ -332,12 +332,14 @@ class ParallelPlan:
 @dataclass(frozen=True, kw_only=True)
 class ParallelPlanner:
     """`plan(shape, recipe, cluster, precision) -> ParallelPlan` is pure and raises `RecipeError` with every problem;
-    `build(run) -> Engine` runs in a worker (see `loong_core.train.engine`)."""
+    `build(run) -> Engine` runs in a worker (see `loong_core.train.engine`). `env` is applied by the launcher over that
+    of the backend; a variable the user set wins."""
 
     name: str
     plan: Ref
     build: Ref
     options: Ref | None = None
+    env: Mapping[str, str] = field(default_factory=dict)
     summary: str = ""
 
 

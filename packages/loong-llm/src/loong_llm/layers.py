@@ -49,7 +49,7 @@ def block(
 
     `router` builds the router of layers with experts; `gathers` is how their tokens are exchanged (`Mixture`).
     """
-    norm = provider.layer_norm(rms_norm=True)
+    norm = provider.layer_norm(rms_norm=True, has_residual=True)
     attention = _attention(provider, ops, fields)
     dense = _mlp(provider, ops, fields)
     sparse = _experts(ops, router, gathers) if router is not None else None
@@ -67,7 +67,7 @@ def block(
         )
         for layer in layers
     ]
-    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=norm)
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=provider.layer_norm(rms_norm=True))
 
 
 def _attention(provider: Any, ops: Ops, fields: Mapping[str, Any]) -> ModuleSpec:

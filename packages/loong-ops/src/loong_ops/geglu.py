@@ -67,6 +67,12 @@ def _share(gate):
 
 
 @triton.jit
+def _slope(gate, share):
+    """The derivative of GELU, given `_share` of the gate."""
+    return share * (1.0 + gate * (1.0 - share) * 1.5957691216057308 * (1.0 + 0.134145 * gate * gate))
+
+
+@triton.jit
 def _forward_kernel(x, result, count, stride, f: tl.constexpr, block_rows: tl.constexpr, block_columns: tl.constexpr):
     rows, columns, inside = _place(count, f, block_rows, block_columns)
     gate = tl.load(x + rows * stride + columns, mask=inside, other=0.0).to(tl.float32)
@@ -85,8 +91,7 @@ def _backward_kernel(
     value = tl.load(x + rows * stride + f + columns, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(upstream + rows * up_stride + columns, mask=inside, other=0.0).to(tl.float32)
     share = _share(gate)
-    slope = 1.5957691216057308 * (1.0 + 0.134145 * gate * gate)
-    d_gate = up * value * share * (1.0 + gate * (1.0 - share) * slope)
+    d_gate = up * value * _slope(gate, share)
     d_value = up * gate * share
     tl.store(d_x + rows * (2 * f) + columns, d_gate.to(d_x.dtype.element_ty), mask=inside)
     tl.store(d_x + rows * (2 * f) + f + columns, d_value.to(d_x.dtype.element_ty), mask=inside)

@@ -15,6 +15,7 @@ import torch.nn.functional as functional
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from loong_ops.gelu_dropout import gelu_dropout
 from loong_ops.weight_gradient import delivered, weight_gradient
 
 
@@ -26,11 +27,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return result
 
 
-def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, *, dropout: float = 0.0) -> Tensor:
     """As `loong_core.references.linear.linear_gelu`: x [..., n], weight [m,n], bias [m] -> [..., m] in x's dtype.
 
     Where nothing is trained the activation is the product's epilogue, rounded once. Backward would need the product.
+    With `dropout` activation and dropout are one pass, and rounded once.
     """
+    if dropout:
+        product = linear(x, weight, bias)
+        if product.dtype != torch.float64 and not torch.compiler.is_compiling():
+            return gelu_dropout(product, dropout)
+        return functional.dropout(functional.gelu(product, approximate="tanh"), dropout)
     trained = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or bias.requires_grad)
     # On a CPU torch's fused function is the other GELU, that with the error function.
     if trained or x.device.type != "cuda" or not x.numel() or torch.compiler.is_compiling():

@@ -1,5 +1,5 @@
-"""The ops `ada_rms_norm` and `layer_norm_modulate`: a norm whose scale and shift belong to the sample, one pass over
-the rows each way.
+"""The ops `ada_rms_norm`, `residual_ada_rms_norm` and `layer_norm_modulate`: a norm whose scale and shift belong to the
+sample, one pass over the rows each way.
 
 A row lies in one program's registers. Backward's programs take several blocks of rows of one sample and keep the
 gradients of its scale and shift with them; their sums over programs need no atomics. With one sample of many rows this
@@ -21,7 +21,8 @@ from loong_core.errors import Unsupported
 WIDEST = 16384
 """Numbers of a row that one program holds."""
 PROGRAMS = 132 * 6
-"""Programs of backward, roughly: several on each multiprocessor of a Hopper GPU."""
+"""Programs of backward, roughly: several on each multiprocessor of a Hopper GPU. One less where x is handed through,
+which takes more registers."""
 
 
 class Config(NamedTuple):
@@ -40,23 +41,48 @@ def ada_rms_norm(
 
     Kept for backward: x, scale, and a number a row. Raises `Unsupported` for more than 16384 numbers a row.
     """
-    result: Tensor = _Norm.apply(x, scale, shift, epsilon, False, _config or _cut("ada_rms_norm", x.shape[-1]))
+    result: Tensor = _Norm.apply(x, scale, shift, epsilon, False, False, _config or _cut("ada_rms_norm", x.shape[-1]))
     return result
+
+
+def residual_ada_rms_norm(
+    x: Tensor, scale: Tensor, shift: Tensor | None, epsilon: float, *, _config: Config | None = None
+) -> tuple[Tensor, Tensor]:
+    """As `ada_rms_norm`, and x for the branch to be added to: the gradients of both meet in backward's one pass, and
+    are rounded once. As `loong_ops.rms_norm.residual_rms_norm`, also in what the second result is."""
+    config = _config or _cut("residual_ada_rms_norm", x.shape[-1], 132 * 5)
+    if not (x.requires_grad and torch.is_grad_enabled()):
+        return ada_rms_norm(x, scale, shift, epsilon, _config=config), x
+    results: tuple[Tensor, Tensor] = _Norm.apply(x, scale, shift, epsilon, False, True, config)
+    return results
 
 
 def layer_norm_modulate(
     x: Tensor, scale: Tensor, shift: Tensor | None, epsilon: float, *, _config: Config | None = None
 ) -> Tensor:
     """As `ada_rms_norm` of x less its mean over the last dim. Kept for backward: x, scale, two numbers a row."""
-    result: Tensor = _Norm.apply(x, scale, shift, epsilon, True, _config or _cut("layer_norm_modulate", x.shape[-1]))
+    result: Tensor = _Norm.apply(
+        x, scale, shift, epsilon, True, False, _config or _cut("layer_norm_modulate", x.shape[-1])
+    )
     return result
 
 
 class _Norm(torch.autograd.Function):
+    """`centred`: of x less its mean. `through`: x is a second result."""
+
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, scale: Tensor, shift: Tensor | None, epsilon: float, centred: bool, config: Config
-    ) -> Tensor:
+        ctx: Any,
+        x: Tensor,
+        scale: Tensor,
+        shift: Tensor | None,
+        epsilon: float,
+        centred: bool,
+        through: bool,
+        config: Config,
+    ) -> Any:
+        ctx.set_materialize_grads(False)  # a result that nobody used has no gradient, not one of zeros
+        given = x
         x, scale, shift = x.contiguous(), _even(scale), None if shift is None else _even(shift)
         b, s, n = x.shape
         result = torch.empty_like(x)
@@ -82,12 +108,15 @@ class _Norm(torch.autograd.Function):
         ctx.save_for_backward(x, scale, inverse, mean)
         ctx.shift_dtype = None if shift is None else shift.dtype
         ctx.config = config
-        return result
+        return (result, given.view_as(given)) if through else result
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d_result: Tensor | None, d_residual: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        if d_result is None:
+            return d_residual, None, None, None, None, None, None
         x, scale, inverse, mean = ctx.saved_tensors
-        config, upstream = ctx.config, gradients[0].contiguous()
+        config, upstream = ctx.config, d_result.contiguous()
+        residual = None if d_residual is None else d_residual.contiguous()
         b, s, n = x.shape
         wants_scale, wants_shift = ctx.needs_input_grad[1], ctx.needs_input_grad[2]
         d_x = torch.empty_like(x)
@@ -103,6 +132,7 @@ class _Norm(torch.autograd.Function):
                 inverse,
                 mean,
                 upstream,
+                residual,
                 d_x,
                 d_scale,
                 d_shift,
@@ -124,10 +154,11 @@ class _Norm(torch.autograd.Function):
             None,
             None,
             None,
+            None,
         )
 
 
-def _cut(op: str, n: int) -> Config:
+def _cut(op: str, n: int, programs: int = PROGRAMS) -> Config:
     """16 numbers a thread, as long as there are 4 to 16 warps to take them."""
     if n > WIDEST:
         raise Unsupported(
@@ -135,7 +166,7 @@ def _cut(op: str, n: int) -> Config:
             "triton). Choose another implementation in the recipe's `ops`."
         )
     width = triton.next_power_of_2(n)
-    return Config(max(1, 2048 // width), max(4, min(16, width // 512)), PROGRAMS)
+    return Config(max(1, 2048 // width), max(4, min(16, width // 512)), programs)
 
 
 def _even(tensor: Tensor) -> Tensor:
@@ -170,10 +201,13 @@ def _forward_kernel(
 
 @triton.jit
 def _backward_kernel(
-    x, scale, inverses, means, upstream, d_x, d_scale, d_shift, count, scale_stride,
+    x, scale, inverses, means, upstream, residual, d_x, d_scale, d_shift, count, scale_stride,
     n: tl.constexpr, padded: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    """Every m-th block of rows of one sample; its share of the gradients of scale and shift is one row of [b,m,n]."""
+    """Every m-th block of rows of one sample; its share of the gradients of scale and shift is one row of [b,m,n].
+
+    `residual` is the gradient that came past the norm.
+    """
     program, sample = tl.program_id(0), tl.program_id(1).to(tl.int64)
     columns = tl.arange(0, padded)[None, :]
     factor = 1.0 + tl.load(scale + sample * scale_stride + columns, mask=columns < n, other=0.0).to(tl.float32)
@@ -186,6 +220,8 @@ def _backward_kernel(
         inverse = tl.load(inverses + sample * count + index, mask=index < count, other=0.0)[:, None]
         values = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
         up = tl.load(upstream + place, mask=inside, other=0.0).to(tl.float32)
+        if residual is not None:
+            past = tl.load(residual + place, mask=inside, other=0.0)
         if means is not None:
             values -= tl.load(means + sample * count + index, mask=index < count, other=0.0)[:, None]
             values = tl.where(inside, values, 0.0)
@@ -198,7 +234,10 @@ def _backward_kernel(
         found = up - normal * (tl.sum(up * normal, axis=1)[:, None] / n)
         if means is not None:
             found -= tl.sum(up, axis=1)[:, None] / n
-        tl.store(d_x + place, (inverse * found).to(d_x.dtype.element_ty), mask=inside)
+        found *= inverse
+        if residual is not None:
+            found += past.to(tl.float32)
+        tl.store(d_x + place, found.to(d_x.dtype.element_ty), mask=inside)
     target = (sample * tl.num_programs(0) + program) * n + tl.arange(0, padded)
     if d_scale is not None:
         tl.store(d_scale + target, tl.sum(scales, axis=0), mask=tl.arange(0, padded) < n)

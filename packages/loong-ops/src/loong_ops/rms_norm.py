@@ -1,34 +1,21 @@
-"""The op `rms_norm`: one pass over the rows each way.
+"""The ops `rms_norm` and `residual_rms_norm`: one pass over the rows each way.
 
 A row lies in one program's registers. Backward's programs take many rows each and keep the weight's gradient with
-them, so that it is summed without atomics. Shape legend: rows are all leading dims as one, n numbers of a row.
+them, so that it is summed without atomics; what came to x past the norm they add before they round. Shape legend: rows
+are all leading dims as one, n numbers of a row.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from loong_core.errors import Unsupported
+from loong_ops.norm_rows import Config, as_rows, cut
 from loong_ops.weight_gradient import delivered
-
-WIDEST = 16384
-"""Numbers of a row that one program holds."""
-
-
-class Config(NamedTuple):
-    """Rows of a block and warps, forward and backward; the most programs of backward, and the blocks it loads ahead."""
-
-    forward_rows: int
-    forward_warps: int
-    rows: int
-    warps: int
-    programs: int
-    stages: int
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float, *, _config: Config | None = None) -> Tensor:
@@ -38,28 +25,50 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float, *, _config: Config | Non
 
     Raises `Unsupported` for more than 16384 numbers a row.
     """
-    result: Tensor = _RMSNorm.apply(x, weight, epsilon, _config or _cut(x.shape[-1]))
+    result: Tensor = _RMSNorm.apply(x, weight, epsilon, False, _config or cut("rms_norm", x.shape[-1], 24))
     return result
 
 
+def residual_rms_norm(
+    x: Tensor, weight: Tensor, epsilon: float, *, _config: Config | None = None
+) -> tuple[Tensor, Tensor]:
+    """As `rms_norm`, and x for the branch to be added to: [..., n], [n] -> ([..., n], [..., n] the memory of x).
+
+    The gradients of both meet in backward's one pass: summed in float32, rounded once. The second result is x itself
+    where no gradient goes to x, a view of it otherwise, which autograd lets nobody write into.
+
+    Raises `Unsupported` for more than 16384 numbers a row.
+    """
+    config = _config or cut("residual_rms_norm", x.shape[-1], 20)
+    if not (x.requires_grad and torch.is_grad_enabled()):
+        return rms_norm(x, weight, epsilon, _config=config), x
+    results: tuple[Tensor, Tensor] = _RMSNorm.apply(x, weight, epsilon, True, config)
+    return results
+
+
 class _RMSNorm(torch.autograd.Function):
+    """`through`: x is a second result."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float, config: Config) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float, through: bool, config: Config) -> Any:
+        ctx.set_materialize_grads(False)  # a result that nobody used has no gradient, not one of zeros
         result, scale = _forward(x, weight, epsilon, config)
         ctx.save_for_backward(x, weight, scale)
         ctx.config = config
-        return result
+        return (result, x.view_as(x)) if through else result
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d_result: Tensor | None, d_residual: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        if d_result is None:
+            return d_residual, None, None, None, None
         x, weight, scale = ctx.saved_tensors
-        d_x, d_weight = _backward(x, weight, scale, gradients[0], ctx.needs_input_grad[1], ctx.config)
-        return d_x if ctx.needs_input_grad[0] else None, d_weight, None, None
+        d_x, d_weight = _backward(x, weight, scale, d_result, d_residual, ctx.needs_input_grad[1], ctx.config)
+        return d_x if ctx.needs_input_grad[0] else None, d_weight, None, None, None
 
 
 def _forward(x: Tensor, weight: Tensor, epsilon: float, config: Config) -> tuple[Tensor, Tensor]:
     """The normed rows [..., n], and of each one over its root mean square, float32 [rows]."""
-    rows = _rows(x)
+    rows = as_rows(x)
     result = torch.empty_like(x, memory_format=torch.contiguous_format)
     count, n = rows.shape
     scale = x.new_empty(count, dtype=torch.float32)
@@ -85,11 +94,13 @@ def _backward(
     weight: Tensor,
     scale: Tensor,
     d_result: Tensor,
+    d_residual: Tensor | None,
     wants_weight: bool,
     config: Config,
 ) -> tuple[Tensor, Tensor | None]:
     """The gradient of x, and what backward returns for the weight."""
-    rows, upstream = _rows(x), _rows(d_result)
+    rows, upstream = as_rows(x), as_rows(d_result)
+    residual = None if d_residual is None else as_rows(d_residual)
     d_x = torch.empty_like(x, memory_format=torch.contiguous_format)
     count, n = rows.shape
     programs = min(triton.cdiv(count, config.rows), config.programs)
@@ -100,11 +111,13 @@ def _backward(
             weight.contiguous(),
             scale,
             upstream,
+            residual,
             d_x,
             partial,
             count,
             rows.stride(0),
             upstream.stride(0),
+            0 if residual is None else residual.stride(0),
             n,
             triton.next_power_of_2(n),
             config.rows,
@@ -112,28 +125,6 @@ def _backward(
             num_warps=config.warps,
         )
     return d_x, None if partial is None else delivered(weight, partial.sum(0))
-
-
-def _cut(n: int) -> Config:
-    """16 numbers a thread, as long as there are 4 to 16 warps to take them.
-
-    Backward takes 80 registers a thread then, so 24 warps share a multiprocessor: one wave of programs.
-    """
-    if n > WIDEST:
-        raise Unsupported(
-            f"rms_norm: rows of {n} numbers are too wide for one program. Allowed: up to {WIDEST} "
-            "(op rms_norm, implementation triton). Choose another implementation in the recipe's `ops`."
-        )
-    width = triton.next_power_of_2(n)
-    warps = max(4, min(16, width // 512))
-    rows = max(1, 2048 // width)
-    return Config(rows, warps, rows, warps, 132 * max(1, 24 // warps), 1)
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    """`tensor` as [rows, last dim], without a copy where rows are evenly apart and whole."""
-    rows = tensor.reshape(-1, tensor.shape[-1]) if tensor.numel() else tensor.new_empty(0, tensor.shape[-1])
-    return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
 @triton.jit
@@ -155,10 +146,13 @@ def _forward_kernel(
 
 @triton.jit
 def _backward_kernel(
-    x, weight, scale, upstream, d_x, partial, count, x_stride, upstream_stride,
+    x, weight, scale, upstream, residual, d_x, partial, count, x_stride, upstream_stride, residual_stride,
     n: tl.constexpr, padded: tl.constexpr, block: tl.constexpr, stages: tl.constexpr,
 ):  # fmt: skip
-    """Every m-th block of rows; what they add to the weight's gradient is one row of `partial` [programs,n]."""
+    """Every m-th block of rows; what they add to the weight's gradient is one row of `partial` [programs,n].
+
+    `residual` is the gradient that came past the norm.
+    """
     program = tl.program_id(0)
     columns = tl.arange(0, padded)[None, :]
     weights = tl.load(weight + columns, mask=columns < n, other=0.0).to(tl.float32)
@@ -170,12 +164,16 @@ def _backward_kernel(
         inside = (rows < count) & (columns < n)
         values = tl.load(x + rows * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
         up = tl.load(upstream + rows * upstream_stride + columns, mask=inside, other=0.0).to(tl.float32)
+        if residual is not None:
+            past = tl.load(residual + rows * residual_stride + columns, mask=inside, other=0.0)
         normal = values * inverse
         if partial is not None:
             sums += up * normal
         up *= weights
         mean = tl.sum(up * normal, axis=1)[:, None] / n
         result = inverse * (up - normal * mean)
+        if residual is not None:
+            result += past.to(tl.float32)
         tl.store(d_x + rows * n + columns, result.to(d_x.dtype.element_ty), mask=inside)
     if partial is not None:
         place = tl.arange(0, padded)

@@ -86,12 +86,14 @@ class PrefixLayer(nn.Module):
         )
 
     def forward(self, hidden: Tensor, rows: Rows) -> tuple[Tensor, Memory]:
-        mixed = self.ops.linear(self.attn["norm"](hidden), self.attn["qkv"].weight)
+        normed, hidden = self.attn["norm"](hidden)
+        mixed = self.ops.linear(normed, self.attn["qkv"].weight)
         query, key, value = turned(mixed, self.shape, rows.prefix_angles, self.ops)
         offsets, longest = rows.packing.offsets, rows.longest[0]
         seen = self.ops.ragged_attention(query, key, value, offsets, offsets, (longest, longest))
         hidden = hidden + self.ops.linear(seen, self.attn["out"].weight)
-        hidden = hidden + feed_forward(self.mlp["norm"](hidden), self.mlp, self.ops)
+        normed, hidden = self.mlp["norm"](hidden)
+        hidden = hidden + feed_forward(normed, self.mlp, self.ops)
         return hidden, Memory(key, value)
 
 
@@ -107,7 +109,8 @@ class PrefixLast(nn.Module):
         self.attn = nn.ModuleDict({"norm": norm, "kv": nn.Linear(fields["hidden"], rows, bias=False)})
 
     def forward(self, hidden: Tensor, rows: Rows) -> tuple[Tensor, Memory]:
-        mixed = self.ops.linear(self.attn["norm"](hidden), self.attn["kv"].weight)
+        normed, hidden = self.attn["norm"](hidden)
+        mixed = self.ops.linear(normed, self.attn["kv"].weight)
         keys, values = mixed.view(len(hidden), 2, self.shape[0], self.shape[2]).unbind(1)
         return hidden, Memory(rotated(keys, rows.prefix_angles), values)
 
@@ -127,7 +130,7 @@ class ExpertLayer(nn.Module):
         )
 
     def forward(self, hidden: Tensor, condition: Tensor, memory: Memory, rows: Rows) -> Tensor:
-        normal, gate = adaptive_norm(hidden, self.attn["modulation"](condition), self.epsilon, self.ops)
+        normal, hidden, gate = adaptive_norm(hidden, self.attn["modulation"](condition), self.epsilon, self.ops)
         mixed = self.ops.linear(normal.flatten(0, 1), self.attn["qkv"].weight)
         query, *own = turned(mixed, self.shape, rows.suffix_angles, self.ops)
         packing, (_, suffix, both) = rows.packing, rows.longest
@@ -138,12 +141,13 @@ class ExpertLayer(nn.Module):
         seen = self.ops.ragged_attention(query, keys, values, *offsets, (suffix, both))
         branch = self.ops.linear(seen, self.attn["out"].weight).view_as(hidden)
         hidden = self.ops.gated_residual(hidden, branch, gate)
-        normal, gate = adaptive_norm(hidden, self.mlp["modulation"](condition), self.epsilon, self.ops)
+        normal, hidden, gate = adaptive_norm(hidden, self.mlp["modulation"](condition), self.epsilon, self.ops)
         return self.ops.gated_residual(hidden, feed_forward(normal, self.mlp, self.ops), gate)
 
 
 class RmsNorm(nn.Module):
-    """Gemma's norm, x / sqrt(mean(x^2) + epsilon) * (1 + weight): [r,w] -> [r,w]. In float32, rounded once."""
+    """Gemma's norm, x / sqrt(mean(x^2) + epsilon) * (1 + weight), rounded once: [r,w] -> [r,w], and x for the branch to
+    be added to. In float32."""
 
     def __init__(self, width: int, epsilon: float, ops: Ops) -> None:
         super().__init__()
@@ -151,15 +155,18 @@ class RmsNorm(nn.Module):
         self.epsilon = epsilon
         self.ops = ops
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         # Its weight is what an adaptive norm has for each sample; here there is one, of all rows.
-        return self.ops.ada_rms_norm(x[None], self.weight[None], None, self.epsilon)[0]
+        normed, x = self.ops.residual_ada_rms_norm(x[None], self.weight[None], None, self.epsilon)
+        # Not [0], whose gradient would be a tensor of zeros, filled in part.
+        return normed.squeeze(0), x.squeeze(0)
 
 
-def adaptive_norm(x: Tensor, modulation: Tensor, epsilon: float, ops: Ops) -> tuple[Tensor, Tensor]:
-    """x [b,h,e], modulation [b,3e] (scale, shift, gate) -> norm(x) * (1 + scale) + shift in x's dtype, gate [b,e]."""
+def adaptive_norm(x: Tensor, modulation: Tensor, epsilon: float, ops: Ops) -> tuple[Tensor, Tensor, Tensor]:
+    """x [b,h,e], modulation [b,3e] (scale, shift, gate) -> norm(x) * (1 + scale) + shift in x's dtype, x for the branch
+    to be added to, gate [b,e]."""
     scale, shift, gate = modulation.chunk(3, dim=-1)
-    return ops.ada_rms_norm(x, scale, shift, epsilon), gate
+    return *ops.residual_ada_rms_norm(x, scale, shift, epsilon), gate
 
 
 def feed_forward(x: Tensor, layers: nn.ModuleDict, ops: Ops) -> Tensor:

@@ -28,6 +28,9 @@ from loong_vla.groot_packing import Packing, pack, packing_of
 from loong_vla.groot_parameters import fused, trained_layer
 from loong_vla.images import looked_at
 
+FROZEN = "frozen"
+"""Key of a batch with rows [l,b,n] of the language model below its first trained layer (`Groot.frozen`)."""
+
 
 class Groot(nn.Module):
     """The whole policy. Inputs are those of a robot batch; where one carries no packing, it is packed here.
@@ -86,6 +89,16 @@ class Groot(nn.Module):
         return x
 
     # --------------------------------------------------------------------------------------------- the engine's view
+    @torch.no_grad()
+    def frozen(self, batch: Batch) -> dict[str, Tensor]:
+        """What `forward` computes of a batch before anything trained, to be added to it: an engine may do so while it
+        trains on another batch. Nothing where that is too little to be worth it."""
+        first = self.llm.first_trained
+        if first < max(1, len(self.shape.fields["deepstack"])):
+            return {}
+        packing = self._packing(batch)
+        return {FROZEN: self.llm.frozen(*self._read(batch, packing, *self._places(packing)))}
+
     def units(self) -> list[nn.Module]:
         """Blocks in the order of execution, none inside another."""
         return [*self.vision.layers, *self.llm.layers, *self.refiner.layers, *self.dit.layers]
@@ -122,16 +135,28 @@ class Groot(nn.Module):
 
     def features(self, batch: Batch, packing: Packing) -> Tensor:
         """What the backbone makes of images and prompt: [l,b,f]."""
-        fields = self.shape.fields
-        with torch.set_grad_enabled(torch.is_grad_enabled() and _learns_to_see(fields)):
+        angles, real = self._places(packing)
+        if FROZEN in batch:
+            return self.llm.trained(batch[FROZEN], angles, real)
+        return self.llm(*self._read(batch, packing, angles, real))  # type: ignore[no-any-return]
+
+    def _read(
+        self, batch: Batch, packing: Packing, angles: Tensor, real: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None, list[Tensor]]:
+        """What the language model gets: rows [l,b,n] of words and images, `angles`, `real`, and what DeepStack adds."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and _learns_to_see(self.shape.fields)):
             seen, deep = self.vision(looked_at(batch, packing.cameras))
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.llm.first_trained == 0):
             words = functional.embedding(batch["tokens"].t(), self.embed)
             x = torch.where(packing.is_image, _placed(seen, packing.seen), words)
             extra = [torch.where(packing.is_image, _placed(one, packing.seen), 0) for one in deep]
+        return x, angles, real, extra
+
+    def _places(self, packing: Packing) -> tuple[Tensor, Tensor | None]:
+        """How far the heads of every row turn, and which rows are no padding."""
+        fields = self.shape.fields
         angles = rotary_angles(packing.positions, fields["head_dim"], fields["rope_base"], fields["rope_sections"])
-        real = None if packing.real is None else packing.real.to(x.dtype)
-        return self.llm(x, angles, real, extra)  # type: ignore[no-any-return]
+        return angles, None if packing.real is None else packing.real.to(self.positions.dtype)
 
     def _observed(self, batch: Batch, packing: Packing) -> list[Memory]:
         features = self.features(batch, packing)

@@ -160,12 +160,24 @@ class Language(nn.Module):
         self.epsilon, self.rms_norm = fields["norm_epsilon"], ops.rms_norm
 
     def forward(self, x: Tensor, angles: Tensor, real: Tensor | None, deep: Sequence[Tensor]) -> Tensor:
-        for index, layer in enumerate(self.layers):
-            with torch.set_grad_enabled(torch.is_grad_enabled() and index >= self.first_trained):
-                x = layer(x, angles, real)
-                if index < len(deep):
-                    x = x + deep[index]
+        return self.trained(self.frozen(x, angles, real, deep), angles, real, deep)
+
+    @torch.no_grad()
+    def frozen(self, x: Tensor, angles: Tensor, real: Tensor | None, deep: Sequence[Tensor]) -> Tensor:
+        """The layers below `first_trained`."""
+        return self._through(range(self.first_trained), x, angles, real, deep)
+
+    def trained(self, x: Tensor, angles: Tensor, real: Tensor | None, deep: Sequence[Tensor] = ()) -> Tensor:
+        """The other layers, and the final norm."""
+        x = self._through(range(self.first_trained, len(self.layers)), x, angles, real, deep)
         return self.rms_norm(x, self.norm, self.epsilon) if self.final_norm else x
+
+    def _through(self, layers: range, x: Tensor, angles: Tensor, real: Tensor | None, deep: Sequence[Tensor]) -> Tensor:
+        for index in layers:
+            x = self.layers[index](x, angles, real)
+            if index < len(deep):
+                x = x + deep[index]
+        return x
 
 
 class LanguageLayer(nn.Module):
@@ -187,14 +199,16 @@ class LanguageLayer(nn.Module):
 
     def forward(self, x: Tensor, angles: Tensor, real: Tensor | None) -> Tensor:
         ops, (rows, batch, _) = self.ops, x.shape
-        mixed = ops.linear(ops.rms_norm(x, self.norm1, self.epsilon), self.qkv)
+        normal, x = ops.residual_rms_norm(x, self.norm1, self.epsilon)
+        mixed = ops.linear(normal, self.qkv)
         mixed = mixed.view(rows, batch, self.groups, -1, self.head_dim)
         query, key, value = ops.rotary_qkv(mixed, angles, self.q_norm, self.k_norm, self.epsilon)
         seen = ops.attention(query, key, value, scale=self.head_dim**-0.5)
         if real is not None:
             seen = seen * real
         x = x + ops.linear(seen, self.out)
-        return x + ops.gated_mlp(ops.rms_norm(x, self.norm2, self.epsilon), self.up, self.down)
+        normal, x = ops.residual_rms_norm(x, self.norm2, self.epsilon)
+        return x + ops.gated_mlp(normal, self.up, self.down)
 
 
 def rotary_angles(positions: Tensor, size: int, base: float, sections: Sequence[int] | None) -> Tensor:

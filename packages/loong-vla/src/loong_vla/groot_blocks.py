@@ -40,16 +40,18 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, angles: Tensor | None = None, keys: Tensor | None = None) -> Tensor:
         linear, rate = self.ops.linear, self.dropout if self.training else 0.0
-        mixed = linear(norm(x, self.norm1, self.norm1_bias, self.epsilon), self.qkv, self.qkv_bias)
+        normal, x = self.ops.residual_layer_norm(x, self.norm1, self.norm1_bias, self.epsilon)
+        mixed = linear(normal, self.qkv, self.qkv_bias)
         parts = split(mixed, 3, self.heads)
         if angles is None:
             query, key, value = parts.unbind(2)
         else:  # the op's rows are our samples: each head is a group of one query, key and value
             query, key, value = self.ops.rotary_qkv(parts.transpose(2, 3), angles, None, None, 0.0)
         seen = attend(query, key, value, keys)
-        x = x + dropped(linear(seen, self.out, self.out_bias), twice(rate))
-        inner = self.ops.linear_gelu(norm(x, self.norm2, self.norm2_bias, self.epsilon), self.up, self.up_bias)
-        return x + dropped(linear(dropped(inner, rate), self.down, self.down_bias), rate)
+        x = self.ops.dropout_add(linear(seen, self.out, self.out_bias), x, twice(rate))
+        normal, x = self.ops.residual_layer_norm(x, self.norm2, self.norm2_bias, self.epsilon)
+        inner = self.ops.linear_gelu(normal, self.up, self.up_bias, dropout=rate)
+        return self.ops.dropout_add(linear(inner, self.down, self.down_bias), x, rate)
 
 
 def norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, epsilon: float) -> Tensor:
@@ -69,11 +71,6 @@ def attend(query: Tensor, key: Tensor, value: Tensor, keys: Tensor | None) -> Te
     query, key, value = (part.transpose(1, 2) for part in (query, key, value))
     out = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
     return out.transpose(1, 2).flatten(2)
-
-
-def dropped(x: Tensor, rate: float) -> Tensor:
-    """Dropout where there is a rate."""
-    return functional.dropout(x, rate) if rate else x
 
 
 def twice(rate: float) -> float:

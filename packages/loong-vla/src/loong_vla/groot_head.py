@@ -19,7 +19,7 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from loong_core.ops import Ops
-from loong_vla.groot_blocks import Block, attend, dropped, norm, split, twice
+from loong_vla.groot_blocks import Block, attend, split, twice
 from loong_vla.groot_parameters import cross_blocks
 
 EPSILON = 1e-5
@@ -43,12 +43,13 @@ class Refiner(nn.Module):
     def __init__(self, fields: Mapping[str, Any], ops: Ops) -> None:
         super().__init__()
         rate = fields["refiner_dropout"] if fields["tune_vlln"] else 0.0
+        self.ops = ops
         self.layers = nn.ModuleList(
             Block(ops, fields["refiner_heads"], EPSILON, rate) for _ in range(fields["refiner_layers"])
         )
 
     def forward(self, features: Tensor, keys: Tensor | None) -> Tensor:
-        x = norm(features, self.norm, self.norm_bias, EPSILON)
+        x = self.ops.layer_norm(features, self.norm, self.norm_bias, EPSILON)
         for layer in self.layers:
             x = layer(x, None, keys)
         return x
@@ -89,9 +90,10 @@ class DiffusionBlock(nn.Module):
             query = split(linear(normal, self.q, self.q_bias), 1, self.heads)[:, :, 0]
             key, value = pair
         found = attend(query, key, value, seen)
-        x = x + dropped(linear(found, self.out, self.out_bias), twice(rate))
-        inner = self.ops.linear_gelu(norm(x, None, None, EPSILON), self.up, self.up_bias)
-        return x + dropped(linear(dropped(inner, rate), self.down, self.down_bias), rate)
+        x = self.ops.dropout_add(linear(found, self.out, self.out_bias), x, twice(rate))
+        normal, x = self.ops.residual_layer_norm(x, None, None, EPSILON)
+        inner = self.ops.linear_gelu(normal, self.up, self.up_bias, dropout=rate)
+        return self.ops.dropout_add(linear(inner, self.down, self.down_bias), x, rate)
 
 
 class Diffusion(nn.Module):

@@ -136,7 +136,7 @@ class Pi05(nn.Module):
     def _velocity(self, suffix: Tensor, condition: Tensor) -> Tensor:
         # The final norm is modulated as all others are; its gate has nothing to gate.
         epsilon = self.shape.fields["norm_epsilon"]
-        normal, _ = adaptive_norm(suffix, self.modulation(condition), epsilon, self.ops)
+        normal, _, _ = adaptive_norm(suffix, self.modulation(condition), epsilon, self.ops)
         velocity: Tensor = self.velocity(normal)
         return velocity
 

@@ -23,7 +23,7 @@ class Block(nn.Module):
         super().__init__()
         width, inner, epsilon = fields["vision_hidden"], fields["vision_ffn"], fields["vision_norm_epsilon"]
         self.heads = fields["vision_heads"]
-        self.linear, self.linear_gelu = ops.linear, ops.linear_gelu
+        self.ops = ops
         self.attn = nn.ModuleDict(
             {
                 "norm": nn.LayerNorm(width, epsilon),
@@ -37,18 +37,24 @@ class Block(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         images, patches, width = hidden.shape
-        mixed = self._product(self.attn["qkv"], self.attn["norm"](hidden))
+        normed, hidden = self._normed(self.attn["norm"], hidden)
+        mixed = self._product(self.attn["qkv"], normed)
         # Heads stay behind the patches, where kernels read and write them: nothing is copied, either way.
         parts = mixed.view(images, patches, 3, self.heads, -1).unbind(2)
         query, key, value = (part.transpose(1, 2) for part in parts)
         seen = functional.scaled_dot_product_attention(query, key, value)
         hidden = hidden + self._product(self.attn["out"], seen.transpose(1, 2).reshape(images, patches, width))
+        normed, hidden = self._normed(self.mlp["norm"], hidden)
         up = self.mlp["up"]
-        inner = self.linear_gelu(self.mlp["norm"](hidden), up.weight, up.bias)  # type: ignore[arg-type]
+        inner = self.ops.linear_gelu(normed, up.weight, up.bias)  # type: ignore[arg-type]
         return hidden + self._product(self.mlp["down"], inner)
 
+    def _normed(self, norm: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """The normed rows, and `hidden` for their branch to be added to."""
+        return self.ops.residual_layer_norm(hidden, norm.weight, norm.bias, norm.eps)  # type: ignore[arg-type]
+
     def _product(self, layer: nn.Module, x: Tensor) -> Tensor:
-        return self.linear(x, layer.weight, layer.bias)  # type: ignore[arg-type]
+        return self.ops.linear(x, layer.weight, layer.bias)  # type: ignore[arg-type]
 
 
 class Siglip(nn.Module):
@@ -61,6 +67,7 @@ class Siglip(nn.Module):
         self.positions = nn.Embedding((fields["image_size"] // self.patch_size) ** 2, width)
         self.layers = nn.ModuleList(Block(fields, ops) for _ in range(fields["vision_layers"]))
         self.norm = nn.LayerNorm(width, fields["vision_norm_epsilon"])
+        self.ops = ops
 
     def forward(self, images: Tensor) -> Tensor:
         weight = self.patch.weight.flatten(1)
@@ -68,7 +75,7 @@ class Siglip(nn.Module):
         hidden = functional.linear(patches, weight, self.patch.bias) + self.positions.weight
         for layer in self.layers:
             hidden = layer(hidden)
-        return self.norm(hidden)  # type: ignore[no-any-return]
+        return self.ops.layer_norm(hidden, self.norm.weight, self.norm.bias, self.norm.eps)
 
 
 def patchified(images: Tensor, size: int) -> Tensor:

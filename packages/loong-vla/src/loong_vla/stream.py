@@ -82,6 +82,12 @@ class RobotStream:
         self._report(made.skipped)
         return made.batches
 
+    def coming(self, step: int) -> list[Batch] | None:
+        """The micro-batches of a later step, if they are made already. What is wrong with it, `batches` will say."""
+        future = self._ahead.get(step)
+        good = future is not None and future.done() and not future.cancelled() and future.exception() is None
+        return future.result().batches if future is not None and good else None
+
     def _ask(self, step: int, ready: bool) -> Future[Made]:
         if self._children is not None and ready:
             return self._children.ask(step)

@@ -10,7 +10,8 @@ from loong_core.errors import Unsupported
 from loong_core.types import Backend, Probe
 
 ENVIRONMENT = {
-    # One hardware queue keeps communication kernels in launch order, which tensor-parallel overlap relies on.
+    # One hardware queue keeps communication kernels in launch order, which tensor-parallel overlap relies on. The torch
+    # planner, which has none, asks for more.
     "CUDA_DEVICE_MAX_CONNECTIONS": "1",
     # Device N is the same device in every tool that lists them.
     "CUDA_DEVICE_ORDER": "PCI_BUS_ID",

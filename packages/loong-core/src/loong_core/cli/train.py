@@ -64,7 +64,9 @@ def _start(loaded: LoadedRecipe, registry: Registry, startup: Startup) -> int:
         if fresh:
             run_folder.discard(folder)
         return code
-    return launch.launch(folder / run_folder.RECIPE, prepared.cluster, prepared.backend, folder, startup)
+    planner = registry.get("parallel_planners", prepared.plan.planner)
+    path = folder / run_folder.RECIPE
+    return launch.launch(path, prepared.cluster, prepared.backend, folder, startup, planner)
 
 
 def _prepare_data(prepared: Prepared, recipe_path: Path) -> int:

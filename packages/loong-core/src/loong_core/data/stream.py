@@ -92,6 +92,12 @@ class Stream:
                 self._ahead[number] = self._thread.submit(self._make, self.layout, number)
         return result
 
+    def coming(self, step: int) -> list[Batch] | None:
+        """The micro-batches of a later step, if they are made already. What is wrong with it, `batches` will say."""
+        future = self._ahead.get(step)
+        good = future is not None and future.done() and not future.cancelled() and future.exception() is None
+        return future.result() if future is not None and good else None
+
     def eval_batches(self, index: int) -> list[Batch]:
         """This rank's micro-batches of held-out global batch `index`; there are `eval_count` different ones.
 

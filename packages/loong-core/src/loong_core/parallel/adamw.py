@@ -88,9 +88,10 @@ class AdamW:
 
     `updates` are what is updated at a time: the shards themselves, or longer ranges that hold several. `counted` are
     the gradients that this rank adds to the norm, so that all ranks together add each element once; `trained` is
-    everything that is updated here or on another rank. `update` is the op `adamw`. bfloat16 parameters whose policy
-    asks for float32 masters keep those as two bytes more each; parameters of the policy's `master` dtype are their own
-    masters. Raises `Unsupported` for any other pair. There is no weight decay on biases and norms.
+    everything that is updated here or on another rank. `update` is the op `adamw`, `squares` the op `sum_of_squares`.
+    bfloat16 parameters whose policy asks for float32 masters keep those as two bytes more each; parameters of the
+    policy's `master` dtype are their own masters. Raises `Unsupported` for any other pair. There is no weight decay on
+    biases and norms.
     """
 
     def __init__(
@@ -102,12 +103,13 @@ class AdamW:
         section: OptimSection,
         precision: PrecisionPolicy,
         update: Callable[..., None],
+        squares: Callable[[Sequence[Tensor], str], Tensor],
         device: str,
     ) -> None:
         self.steps = 0
         self._shards, self._updates, self._counted, self._trained = shards, updates, counted, trained
         self._section = section
-        self._update = update
+        self._update, self._squares = update, squares
         self._device = device
         self._split = split_dtype(precision)
         self._measured: tuple[Tensor, Fetched] | None = None
@@ -182,7 +184,7 @@ class AdamW:
 
     def _norm(self) -> Tensor:
         """Of what the buffers of all ranks hold, every element once: a float32 scalar tensor, the same on all ranks."""
-        squared = sum_of_squares(self._counted, self._device)
+        squared = self._squares(self._counted, self._device)
         dist.all_reduce(squared)
         return squared.sqrt()
 
@@ -199,6 +201,7 @@ class ShardedAdamW(AdamW):
         section: OptimSection,
         precision: PrecisionPolicy,
         update: Callable[..., None],
+        squares: Callable[[Sequence[Tensor], str], Tensor],
         counts: Callable[[Tensor], bool],
         device: str,
     ) -> None:
@@ -208,7 +211,7 @@ class ShardedAdamW(AdamW):
         trained = {trained for chunk in chunks for buffer in _buffers(chunk) for trained in buffer.params}
         shards = {trained: shard for chunk in chunks for trained, shard in self._cut(chunk, counts)}
         counted = [shard.gradient for shard in shards.values() if shard.counted]
-        super().__init__(shards, list(shards.values()), counted, trained, section, precision, update, device)
+        super().__init__(shards, list(shards.values()), counted, trained, section, precision, update, squares, device)
 
     def _cut(self, chunk: Any, counts: Callable[[Tensor], bool]) -> Iterator[tuple[Tensor, Shard]]:
         """This rank's ranges, in the order of the buffers: bucket by bucket, where every rank holds an equal part."""
@@ -242,19 +245,6 @@ class ShardedAdamW(AdamW):
             # Overlapped gathering is started by the next forward pass.
             if not chunk.ddp_config.overlap_param_gather:
                 chunk.start_param_sync()
-
-
-def sum_of_squares(tensors: Sequence[Tensor], device: str) -> Tensor:
-    """Of all elements: a scalar tensor in float32. torch's `get_total_norm` would round the norms of the tensors, and
-    the norm of those, to the dtype of the tensors; so this asks for norms in float32."""
-    total = torch.zeros((), dtype=torch.float32, device=device)
-    by_dtype: dict[torch.dtype, list[Tensor]] = {}
-    for tensor in tensors:
-        by_dtype.setdefault(tensor.dtype, []).append(tensor)  # one kernel takes many tensors of one dtype
-    for dtype, alike in by_dtype.items():
-        norms = torch._foreach_norm(alike, 2.0, dtype=torch.promote_types(dtype, torch.float32))
-        total += torch.stack(norms).square().sum()
-    return total
 
 
 def _buffers(chunk: Any) -> list[Any]:

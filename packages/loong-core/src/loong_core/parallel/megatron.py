@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -148,7 +148,13 @@ class MegatronEngine:
             for index, module in enumerate(self.modules)
         ]
         self._optimizer = ShardedAdamW(
-            self._wrapped, section, self._run.precision, self._run.ops.adamw, self._counts, self.device
+            self._wrapped,
+            section,
+            self._run.precision,
+            self._run.ops.adamw,
+            self._run.ops.sum_of_squares,
+            self._counts,
+            self.device,
         )
         megatron_state.set_masters(self, self._optimizer)
         for module in self.modules:
@@ -163,8 +169,11 @@ class MegatronEngine:
         return functions if len(functions) > 1 else functions[0]
 
     # ------------------------------------------------------------------------------------------ a step
-    def forward_backward(self, batches: Sequence[Batch], step: int) -> dict[str, float]:
-        """Gradients of the mean loss of `batches`; dropout is a function of seed, step and rank alone."""
+    def forward_backward(
+        self, batches: Sequence[Batch], step: int, coming: Callable[[], Sequence[Batch] | None] | None = None
+    ) -> dict[str, float]:
+        """Gradients of the mean loss of `batches`; dropout is a function of seed, step and rank alone. Everything
+        depends on this step, so `coming` is not asked."""
         tensor_parallel.model_parallel_cuda_manual_seed(_mixed(self._run.recipe.run.seed, step + 1))
         for chunk in self._wrapped:
             chunk.train()

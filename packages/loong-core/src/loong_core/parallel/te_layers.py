@@ -37,7 +37,8 @@ class TELayerProvider:
         self._upstream = TESpecProvider()
         self._attention = core_attention(ops)
         # The reference takes many passes where Transformer Engine takes one; any other row was chosen to beat that.
-        self._norm = norm(ops) if ops.choices["rms_norm"].name != "torch" else None
+        ours = ops.choices["rms_norm"].name != "torch"
+        self._norms = {has_residual: norm(ops, has_residual) for has_residual in (False, True)} if ours else None
         self._product = ops.linear if ops.choices["linear"].name != "torch" else None
 
     def linear(self) -> type:
@@ -61,9 +62,10 @@ class TELayerProvider:
         return None
 
     def layer_norm(self, rms_norm: bool = False, for_qk: bool = False, has_residual: bool = False) -> Any:
-        """The run's `rms_norm`, or Transformer Engine's norm; the config says which kind."""
-        if self._norm is not None and rms_norm:
-            return self._norm
+        """The run's `rms_norm`, or Transformer Engine's norm; the config says which kind. With `has_residual` it may
+        return x too (`loong_core.parallel.torch_layers.norm`)."""
+        if self._norms is not None and rms_norm:
+            return self._norms[has_residual]
         return self._upstream.layer_norm(rms_norm, for_qk, has_residual)
 
     def core_attention(self) -> type:

@@ -8,7 +8,7 @@ division by the global count happens once, in the update.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -18,6 +18,7 @@ import torch.distributed as dist
 from loong_core.parallel import torch_state
 from loong_core.parallel.build import BuildContext, LossContext
 from loong_core.parallel.fetch import Fetched
+from loong_core.parallel.torch_ahead import FIRST, Ahead
 from loong_core.parallel.torch_flat import FlatStore
 from loong_core.parallel.torch_graph import Graphs
 from loong_core.parallel.torch_holdings import Holdings
@@ -86,6 +87,7 @@ class TorchEngine:
         self._flat: FlatStore | None = None
         self._sharded: ShardedStore | None = None
         self._graphs: Graphs | None = None
+        self._ahead: Ahead | None = None
         self._names: list[str] = []
         self._copies = torch.cuda.Stream(self.device) if torch.device(self.device).type == "cuda" else None
 
@@ -117,7 +119,10 @@ class TorchEngine:
                 compute=dtype,
             )
         elif options.cuda_graph and torch.device(self.device).type == "cuda":
-            self._graphs = Graphs(self._backward, options.graphs, self.device)
+            self._graphs = Graphs(options.graphs, self.device, FIRST if options.ahead else 0)
+        if options.ahead and self._sharded is None and hasattr(self._module, "frozen"):
+            graphs = 0 if self._graphs is None else options.graphs
+            self._ahead = Ahead(self._module, self._on_device, graphs, self.device)
         with torch.cuda.stream(self._graphs.stream if self._graphs is not None else None):
             self._flat = FlatStore(
                 whole,
@@ -133,6 +138,7 @@ class TorchEngine:
             section,
             precision,
             self._run.ops.adamw,
+            self._run.ops.sum_of_squares,
             decayed=decayed,
             trained=set(trained),
             ema=options.ema,
@@ -153,9 +159,12 @@ class TorchEngine:
         return [store for store in (self._flat, self._sharded) if store is not None]
 
     # ------------------------------------------------------------------------------------------ a step
-    def forward_backward(self, batches: Sequence[Batch], step: int) -> dict[str, float]:
+    def forward_backward(
+        self, batches: Sequence[Batch], step: int, coming: Callable[[], Sequence[Batch] | None] | None = None
+    ) -> dict[str, float]:
         """Gradients of the mean loss of `batches`; dropout is a function of seed, step and rank alone."""
         assert self._flat is not None
+        placed = None if self._ahead is None else self._ahead.take(step)
         torch.manual_seed(_mixed(self._run.recipe.run.seed, step + 1, self._run.rank))
         self._module.train()
         for store in self._stores:
@@ -163,7 +172,8 @@ class TorchEngine:
         sums = None
         for index, batch in enumerate(batches):
             last = index == len(batches) - 1
-            found = self._micro_batch(self._on_device(batch), first=index == 0, last=last)
+            here = self._on_device(batch) if placed is None else placed[index]
+            found = self._micro_batch(here, first=index == 0, last=last)
             sums = found if sums is None else sums + found
         for store in self._stores:
             store.finish()
@@ -173,13 +183,18 @@ class TorchEngine:
         fetched = Fetched(sums)
         assert self.trainer is not None
         self.trainer.measure(self.gradient_scale)
+        if self._ahead is not None and coming is not None and (following := coming()) is not None:
+            self._ahead.begin(following, step + 1)
         return self._means(fetched.get())
 
     def _micro_batch(self, batch: Batch, first: bool, last: bool) -> Tensor:
         """Forward and backward; what is reported, as sums in the order of `_names`."""
         if self._graphs is not None and self._graphs.works:
             assert self._flat is not None
-            return self._graphs(batch, first, self._flat)
+            if not (last and self._flat.overlaps):
+                return self._graphs(self._backward, batch, (first,), self._flat)
+            # What is reduced is what the graph finds in the buffers, whichever micro-batches were before.
+            return self._graphs(self._reducing, batch, (first, *self._flat.progress()), self._flat)
         if last:
             for store in self._stores:
                 store.expect_last()
@@ -190,6 +205,14 @@ class TorchEngine:
         total.backward()
         if self._flat is not None:
             self._flat.flush()
+        return report
+
+    def _reducing(self, batch: Batch) -> Tensor:
+        """As `_backward`, for the last micro-batch of a step: gradients are reduced meanwhile."""
+        assert self._flat is not None
+        self._flat.expect_last()
+        report = self._backward(batch)
+        self._flat.finish()
         return report
 
     def _forward(self, module: Any, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -260,6 +283,8 @@ class TorchEngine:
 
     def weights_changed(self) -> None:
         """Make the parameters, as they are now, the master weights."""
+        if self._ahead is not None:
+            self._ahead.forget()
         if self.trainer is not None:
             self.trainer.take_parameters()
             self._set_masters(self.holdings.take_exact())
@@ -271,6 +296,8 @@ class TorchEngine:
 
     def load_state(self, folder: Path, optimizer: bool = True) -> None:
         """Read what `save_state` wrote under any layout; `optimizer=False` reads the weights alone."""
+        if self._ahead is not None:
+            self._ahead.forget()
         torch_state.load(folder, self.holdings, self.trainer, optimizer and self.trainer is not None)
         if self._flat is not None:
             self._flat.gather()
@@ -278,7 +305,7 @@ class TorchEngine:
 
     def idle_bytes(self) -> int:
         """What CUDA graphs use while they run."""
-        return 0 if self._graphs is None else self._graphs.idle_bytes
+        return sum(0 if part is None else part.idle_bytes for part in (self._graphs, self._ahead))
 
     def close(self) -> None:
         """Nothing to release: torch's process group belongs to the worker."""

@@ -69,9 +69,10 @@ class FlatStore:
     ) -> None:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.sharded = sharded and self.world > 1
-        self._overlap = overlap and self.world > 1
+        self.overlaps = overlap and self.world > 1
+        """Whether the last backward pass of a step reduces what is complete."""
         self._gradients = gradients
-        self._last = False
+        self._last = self._reduced = False
         self._next = 0
         self._waiting: list[tuple[Any, Tensor]] = []
         size = bucket_size if self.world > 1 else 2**62
@@ -111,14 +112,14 @@ class FlatStore:
     # ------------------------------------------------------------------------------------------------ a step
     def begin(self) -> None:
         """Start a step: what the buffers hold is of no use any more."""
-        self._last = False
+        self._reduced = False
         self.discard()
         for parameter in self._bucket_of:
             parameter.main_grad_empty = True
 
     def expect_last(self) -> None:
         """The next backward pass is the step's last: buckets may be reduced as soon as they are complete."""
-        self._last, self._next = self._overlap, 0
+        self._last, self._next = self.overlaps, 0
         for bucket in self.buckets:
             bucket.missing = len(bucket.places)
 
@@ -154,18 +155,23 @@ class FlatStore:
 
     def discard(self) -> None:
         """Forget gradients that have not come to the buffers, after a pass that was broken off."""
+        self._last = False
         self._waiting.clear()
+        for bucket in self.buckets:
+            bucket.handle = None
         for parameter in self._bucket_of:
             parameter.grad_added_to_main_grad = False
             parameter.grad = None
 
     def finish(self) -> None:
         """Reduce what has not been reduced yet. Parameters that no gradient has reached have a gradient of zeros."""
+        if self._reduced:
+            return
         self.flush()
         started = self._next if self._last else 0
         for bucket in self.buckets[started:]:
             self._reduce(bucket)
-        self._last = False
+        self._last, self._reduced = False, True
         for bucket in self.buckets:
             if bucket.handle is not None:
                 bucket.handle.wait()
@@ -180,12 +186,13 @@ class FlatStore:
         elif self.world > 1:
             bucket.handle = dist.all_reduce(bucket.gradients, async_op=True)
 
-    def filled(self) -> list[bool]:
-        """Of each parameter whether its buffer holds a gradient."""
-        return [not parameter.main_grad_empty for parameter in self._bucket_of]
+    def progress(self) -> tuple[bool, ...]:
+        """Of each parameter whether its buffer holds a gradient; at the end, whether they are reduced."""
+        return *(not parameter.main_grad_empty for parameter in self._bucket_of), self._reduced
 
-    def mark_filled(self, filled: Sequence[bool]) -> None:
+    def set_progress(self, progress: Sequence[bool]) -> None:
         """The reverse, after something that ran without the hooks (a graph)."""
+        *filled, self._reduced = progress
         for parameter, full in zip(self._bucket_of, filled, strict=True):
             parameter.main_grad_empty = not full
 

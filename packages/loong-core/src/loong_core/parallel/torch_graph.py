@@ -1,8 +1,8 @@
-"""Forward and backward of a micro-batch as one CUDA graph: the host launches once what were thousands of kernels.
+"""What is done with a micro-batch as one CUDA graph: the host launches once what were thousands of kernels.
 
-A graph is good for one combination of shapes, and for either the first micro-batch of a step (whose gradients fill the
-buffers) or a later one (whose gradients are added). Gradients are reduced after the last replay, not during it. Where
-capturing fails, a reason is logged once and the engine goes on without graphs.
+A graph is good for one combination of shapes, and for one progress of a step: the gradients of its first micro-batch
+fill the buffers, those of later ones are added, and during the last one they are reduced. Where capturing fails, a
+reason is logged once and the engine goes on without graphs.
 """
 
 from __future__ import annotations
@@ -15,8 +15,6 @@ import torch
 from loong_core.log import logger
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from loong_core.parallel.torch_flat import FlatStore
     from loong_core.train.engine import Batch
 
@@ -31,62 +29,76 @@ class Captured(NamedTuple):
 
     graph: Any
     batch: Batch
-    report: Tensor
-    filled: list[bool]
+    result: Any
+    progress: tuple[bool, ...]
 
 
 class Graphs:
-    """Runs `function(batch) -> report`, by graph where there is one. All of it happens on `stream`."""
+    """Runs functions of a batch, by graph where there is one. All of it happens on `stream`, whose work goes before
+    that of streams of a higher `priority`.
 
-    def __init__(self, function: Callable[[Batch], Tensor], most: int, device: str) -> None:
+    The graphs share memory among them, so no two may run at a time; those of two `Graphs` may.
+    """
+
+    def __init__(self, most: int, device: str, priority: int = 0) -> None:
         self.works = True
         self.idle_bytes = 0
         """What graphs use while they run, which the allocator counts as allocated only while they are captured."""
-        self.stream = torch.cuda.Stream(device)
-        self._function, self._device = function, device
+        self.stream = torch.cuda.Stream(device, priority=priority)
+        self._device = device
         self._most = most
         self._pool = torch.cuda.graph_pool_handle()
         self._seen: dict[Key, int] = {}
         self._graphs: dict[Key, Captured] = {}
 
-    def __call__(self, batch: Batch, first: bool, store: FlatStore) -> Tensor:
-        """The report of one micro-batch, a tensor of its own."""
+    def __call__(
+        self, function: Callable[[Batch], Any], batch: Batch, kind: Key = (), store: FlatStore | None = None
+    ) -> Any:
+        """What `function(batch)` gives: a tensor or a dict of them, which no later call writes to.
+
+        `kind` is what the function depends on beside the batch's shapes; `store` holds the gradients that it makes.
+        """
         here = torch.cuda.current_stream()
         self.stream.wait_stream(here)
         with torch.cuda.stream(self.stream):
-            report = self._run(batch, first, store)
+            result = self._run(function, batch, kind, store)
         # Each stream waits for the other, so memory that one of them frees is not written to before both are done.
         here.wait_stream(self.stream)
-        return report
+        return result
 
-    def _run(self, batch: Batch, first: bool, store: FlatStore) -> Tensor:
-        shapes = sorted((name, tuple(tensor.shape), tensor.dtype) for name, tensor in batch.items())
-        key = (first, *((name, shape, str(dtype)) for name, shape, dtype in shapes))
+    def _run(self, function: Callable[[Batch], Any], batch: Batch, kind: Key, store: FlatStore | None) -> Any:
+        shapes = sorted((name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in batch.items())
+        key = (kind, *shapes)
         captured = self._graphs.get(key)
         if captured is None:
             self._seen[key] = self._seen.get(key, 0) + 1
-            if self._seen[key] <= WARM_UP or len(self._graphs) >= self._most:
-                return self._function(batch)
-            captured = self._capture(key, batch, store)
+            if not self.works or self._seen[key] <= WARM_UP or len(self._graphs) >= self._most:
+                return function(batch)
+            captured = self._capture(function, key, batch, store)
             if captured is None:
-                return self._function(batch)
+                return function(batch)
         for name, tensor in batch.items():
             captured.batch[name].copy_(tensor)
         captured.graph.replay()
-        store.mark_filled(captured.filled)
-        return captured.report.clone()
+        if store is not None:
+            store.set_progress(captured.progress)
+        if isinstance(captured.result, dict):
+            return {name: tensor.clone() for name, tensor in captured.result.items()}
+        return captured.result.clone()
 
-    def _capture(self, key: Key, batch: Batch, store: FlatStore) -> Captured | None:
+    def _capture(
+        self, function: Callable[[Batch], Any], key: Key, batch: Batch, store: FlatStore | None
+    ) -> Captured | None:
         """Record one micro-batch; nothing is computed yet."""
         static = {name: tensor.clone() for name, tensor in batch.items()}
         torch.cuda.empty_cache()  # as capturing does itself: what passes before have left is no graph's
-        before, idle = store.filled(), _idle_bytes(self._device)
+        before, idle = () if store is None else store.progress(), _idle_bytes(self._device)
         graph = torch.cuda.CUDAGraph()
         try:
             # Threads that load data may allocate pinned memory meanwhile.
             mode = "thread_local"
             with torch.cuda.graph(graph, pool=self._pool, stream=self.stream, capture_error_mode=mode):
-                report = self._function(static)
+                result = function(static)
         except RuntimeError as error:
             self.works = False
             self._graphs.clear()
@@ -98,12 +110,14 @@ class Graphs:
             torch.cuda.synchronize()
             del graph  # what was recorded holds memory that going on without graphs needs
             torch.cuda.empty_cache()
-            store.discard()
-            store.mark_filled(before)
+            if store is not None:
+                store.discard()
+                store.set_progress(before)
             return None
         self.idle_bytes += max(0, _idle_bytes(self._device) - idle)
-        found = self._graphs[key] = Captured(graph, static, report, store.filled())
-        store.mark_filled(before)
+        found = self._graphs[key] = Captured(graph, static, result, () if store is None else store.progress())
+        if store is not None:
+            store.set_progress(before)
         return found
 
 

@@ -20,9 +20,12 @@ if TYPE_CHECKING:
 
 
 class TorchNorm(torch.nn.Module):
-    """RMSNorm or LayerNorm over the last dim, as `config.normalization` says; also under sequence parallelism."""
+    """RMSNorm or LayerNorm over the last dim, as `config.normalization` says; also under sequence parallelism.
 
-    rms_norm: ClassVar[Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]]
+    `rms_norm` is the op of that name, or `residual_rms_norm`, which hands x through beside its result.
+    """
+
+    rms_norm: ClassVar[Callable[[torch.Tensor, torch.Tensor, float], Any]]
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         """`weight` (and `bias`, LayerNorm) of [hidden_size]; zero-centred where the config says so (weight + 1)."""
@@ -39,8 +42,8 @@ class TorchNorm(torch.nn.Module):
             # megatron-core sums the gradients of such parameters over the tensor-parallel ranks
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., hidden_size] -> the same shape and dtype; statistics in float32."""
+    def forward(self, x: torch.Tensor) -> Any:
+        """[..., hidden_size] -> the same shape and dtype, and x where the op hands it through. Statistics: float32."""
         weight = self.weight.float() + 1.0 if self.zero_centred else self.weight
         if self.bias is None:
             return type(self).rms_norm(x, weight, self.epsilon)
@@ -50,9 +53,17 @@ class TorchNorm(torch.nn.Module):
         return normal.to(x.dtype)
 
 
-def norm(ops: Ops) -> type[TorchNorm]:
-    """The norm that calls this run's op. megatron-core builds classes, not partial functions, in some places."""
-    return type("TorchNorm", (TorchNorm,), {"rms_norm": staticmethod(ops.rms_norm)})
+def norm(ops: Ops, has_residual: bool = False) -> type[TorchNorm]:
+    """The norm that calls this run's op. megatron-core builds classes, not partial functions, in some places.
+
+    Where `has_residual` says that x is added to later, and one implementation computes both ops, an RMSNorm returns
+    `(normed, x)`, which megatron-core's layers take: the gradients of both then meet in one pass. A norm that a recipe
+    or a plugin chose for `rms_norm` is that of the layers too; the references would gain nothing.
+    """
+    names = {ops.choices[name].name for name in ("rms_norm", "residual_rms_norm")}
+    fused = has_residual and len(names) == 1 and "torch" not in names
+    op = ops.residual_rms_norm if fused else ops.rms_norm
+    return type("TorchNorm", (TorchNorm,), {"rms_norm": staticmethod(op)})
 
 
 class DuplicatedLinear(torch.nn.Module):
@@ -92,7 +103,7 @@ class TorchLayerProvider:
 
     def __init__(self, ops: Ops) -> None:
         """`ops` are the run's bound ops: the norm and the attention of every layer."""
-        self._norm = norm(ops)
+        self._norms = {has_residual: norm(ops, has_residual) for has_residual in (False, True)}
         self._attention = core_attention(ops)
 
     def linear(self) -> type:
@@ -116,8 +127,8 @@ class TorchLayerProvider:
         return None
 
     def layer_norm(self, rms_norm: bool = False, for_qk: bool = False, has_residual: bool = False) -> type:
-        """The norm; the config says which."""
-        return self._norm
+        """The norm; the config says which. With `has_residual` it may return x too (`norm`)."""
+        return self._norms[has_residual]
 
     def core_attention(self) -> type:
         """The attention of this run's ops."""

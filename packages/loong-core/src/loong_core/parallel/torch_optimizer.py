@@ -35,6 +35,7 @@ class TorchAdamW(AdamW):
         section: OptimSection,
         precision: PrecisionPolicy,
         update: Callable[..., None],
+        squares: Callable[[Sequence[Tensor], str], Tensor],
         *,
         decayed: set[Any],
         trained: set[Any],
@@ -65,7 +66,7 @@ class TorchAdamW(AdamW):
             shards.update(slices)
             updates += slices.values()
             counted += sharded.counted()
-        super().__init__(shards, updates, counted, trained, section, precision, update, device)
+        super().__init__(shards, updates, counted, trained, section, precision, update, squares, device)
         self.restart_average()
 
     @property

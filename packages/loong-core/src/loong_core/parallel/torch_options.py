@@ -24,6 +24,9 @@ class TorchOptions(Section):
     """Capture forward and backward of a micro-batch as a CUDA graph, one for every combination of shapes."""
     graphs: PositiveInt = 16
     """Combinations of shapes that are captured at most; further ones run without a graph."""
+    ahead: bool = False
+    """Compute what is frozen of the next step's micro-batches beside this step (policies with a frozen backbone; not
+    with shard full or hybrid)."""
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Keep an exponential moving average of the master weights with this decay per step."""
     export: Literal["weights", "ema"] = "weights"

@@ -269,8 +269,10 @@ def _reasons(recipe: Recipe, cluster: Cluster, options: TorchOptions, chosen: _T
         for name in ("compile", "cuda_graph"):
             if getattr(options, name):
                 yield f"warning: parallel.options.{name} = true has no effect on the cpu backend"
-    elif options.cuda_graph and chosen.shard in ("full", "hybrid"):
-        yield (
-            f"warning: parallel.options.cuda_graph = true has no effect with shard = {chosen.shard}: parameters are "
-            "gathered anew in every pass"
-        )
+    elif chosen.shard in ("full", "hybrid"):
+        for name in ("cuda_graph", "ahead"):
+            if getattr(options, name):
+                yield (
+                    f"warning: parallel.options.{name} = true has no effect with shard = {chosen.shard}: parameters "
+                    "are gathered anew in every pass"
+                )

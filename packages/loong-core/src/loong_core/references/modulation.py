@@ -1,5 +1,5 @@
-"""The references of the ops `ada_rms_norm`, `layer_norm_modulate` and `gated_residual`: norms and branches that a
-condition of each sample scales, shifts and gates.
+"""The references of the ops `ada_rms_norm`, `residual_ada_rms_norm`, `layer_norm_modulate` and `gated_residual`: norms
+and branches that a condition of each sample scales, shifts and gates.
 
 Source: Peebles and Xie, 2023 (DiT, arXiv 2212.09748). Shape legend: b samples, s rows of each, n numbers of a row.
 """
@@ -16,6 +16,11 @@ def ada_rms_norm(x: Tensor, scale: Tensor, shift: Tensor | None, epsilon: float)
     wide = _wide(x)
     normal = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
     return _modulated(normal, scale, shift).to(x.dtype)
+
+
+def residual_ada_rms_norm(x: Tensor, scale: Tensor, shift: Tensor | None, epsilon: float) -> tuple[Tensor, Tensor]:
+    """As `ada_rms_norm`, and x: what a branch of the normed rows is added to."""
+    return ada_rms_norm(x, scale, shift, epsilon), x
 
 
 def layer_norm_modulate(x: Tensor, scale: Tensor, shift: Tensor | None, epsilon: float) -> Tensor:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from loong_core.testing.adamw import AdamWContract
     from loong_core.testing.backend import BackendContract
     from loong_core.testing.contract import Contract
+    from loong_core.testing.dropout import DropoutContract
     from loong_core.testing.engine import EngineContract
     from loong_core.testing.family import FamilyContract
     from loong_core.testing.op import OpContract
@@ -27,11 +28,13 @@ if TYPE_CHECKING:
     from loong_core.testing.plugin import PluginContract
     from loong_core.testing.precision import PrecisionContract
     from loong_core.testing.recipe import RecipeContract
+    from loong_core.testing.squares import SquaresContract
 
 __all__ = [
     "AdamWContract",
     "BackendContract",
     "Contract",
+    "DropoutContract",
     "EngineContract",
     "FamilyContract",
     "OpContract",
@@ -39,6 +42,7 @@ __all__ = [
     "PluginContract",
     "PrecisionContract",
     "RecipeContract",
+    "SquaresContract",
 ]
 
 

@@ -25,6 +25,10 @@ class Batches(Protocol):
     def batches(self, step: int) -> list[Batch]:
         """This rank's micro-batches of a 0-based step, on the CPU. Later steps may be prepared in the background."""
 
+    def coming(self, step: int) -> list[Batch] | None:
+        """What `batches` will give for a later step, if it is made already; None where it is not. Never waits, and does
+        not count as asking for the step: neither `state` nor `problem` knows of it."""
+
     def eval_batches(self, index: int) -> list[Batch]:
         """This rank's micro-batches of held-out global batch `index`. What fills up a last batch does not count."""
 

@@ -5,7 +5,7 @@ The loop drives whichever engine the planner built, on any device, for any modal
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -85,10 +85,14 @@ class Engine(Protocol):
     def optimizer(self, section: OptimSection) -> None:
         """Prepare gradients and optimizer. Called once, after weights are loaded and plugins have seen the model."""
 
-    def forward_backward(self, batches: Sequence[Batch], step: int) -> dict[str, float]:
+    def forward_backward(
+        self, batches: Sequence[Batch], step: int, coming: Callable[[], Sequence[Batch] | None] | None = None
+    ) -> dict[str, float]:
         """Accumulate gradients of the global batch's mean loss. Returns `loss` and what else the task reports,
         reduced over all ranks: the same numbers on every rank. `counted` is the number of counted elements.
-        Randomness (dropout) is a function of seed, 0-based `step` and rank, so there is no random state to save."""
+        Randomness (dropout) is a function of seed, 0-based `step` and rank, so there is no random state to save.
+        `coming` gives the next step's batches where they are there already, for an engine that begins with what does
+        not depend on this step."""
 
     def step(self, lr: float) -> float:
         """Clip, update, clear gradients. Returns the global gradient norm before clipping (same on every rank)."""

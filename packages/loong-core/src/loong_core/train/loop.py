@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from loong_core.errors import RunError
@@ -29,7 +30,8 @@ def train(run: Run, engine: Engine, data: Batches, checkpoints: Checkpoints, rep
             batches = data.batches(run.step)
             data_seconds = time.perf_counter() - began
 
-            losses = engine.forward_backward(batches, run.step)
+            coming = partial(data.coming, run.step + 1) if run.step + 1 < steps else None
+            losses = engine.forward_backward(batches, run.step, coming)
             _require_finite(run, "loss", losses["loss"])
             lr = learning_rate(run.recipe.optim, run.step + 1, steps)
             norm = engine.step(lr)

@@ -1,4 +1,4 @@
-"""The update of one parameter of the real size, and the gradient norm before it, beside what other libraries have."""
+"""The update of one parameter of the real size, beside what other libraries have."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SWEEP = [(512, 2), (512, 4), (1024, 4), (1024, 8), (2048, 8), (4096, 8)]
 
 
 def rows() -> list[Row]:
-    """Ours, the reference, Transformer Engine and torch's fused AdamW; then the norm; then our block sizes."""
+    """Ours, the reference, Transformer Engine and torch's fused AdamW; and our block sizes."""
     return list(_rows())
 
 
@@ -32,10 +32,6 @@ def _rows() -> Iterator[Row]:
             make = partial(_fused, count, {"BLOCK": block, "num_warps": warps})
             yield _row(f"n={count} ({what})", f"triton[{block},w{warps}]", make, 28 * count, headline=False)
         yield _row(f"n={count} ({what}), bfloat16 gradient", "triton", partial(_fused, count, narrow=True), 26 * count)
-    count = SIZES["a layer's 128 up-projections"]
-    yield _row(f"gradient norm, n={count}", "torch", partial(_norm, count), 4 * count)
-    yield _row(f"gradient norm, n={count}, bfloat16", "torch", partial(_norm, count, narrow=True), 2 * count)
-    yield _row(f"gradient norm, n={count}", "transformer_engine", partial(_norm_of_te, count), 4 * count)
 
 
 def _row(shape: str, name: str, make: Any, size: int, headline: bool = True) -> Row:
@@ -105,24 +101,3 @@ def _torch(count: int) -> Thunk:
             parameter.copy_(master)
 
     return step
-
-
-def _norm(count: int, narrow: bool = False) -> Thunk:
-    import torch
-
-    from loong_core.parallel.adamw import sum_of_squares
-
-    gradient = torch.randn(count, device="cuda", dtype=torch.bfloat16 if narrow else torch.float32)
-    return partial(sum_of_squares, [gradient], "cuda")
-
-
-def _norm_of_te(count: int) -> Thunk:
-    import torch
-
-    try:
-        from transformer_engine.pytorch.optimizers import multi_tensor_applier, multi_tensor_l2norm
-    except ImportError as error:
-        raise Missing(f"Transformer Engine: {error}") from error
-    gradient = torch.randn(count, device="cuda")
-    overflow = torch.zeros(1, device="cuda", dtype=torch.int)
-    return partial(multi_tensor_applier, multi_tensor_l2norm, overflow, [[gradient]], False)

@@ -53,6 +53,15 @@ class OpCase:
         return self.define(tensors, self.others)
 
 
+def handing_through(define: Callable[[Tensors, Mapping[str, Any]], Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """`define` with x as a second result: of an op `residual_...`."""
+
+    def define_both(tensors: Tensors, others: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        return define(tensors, others), tensors["x"]
+
+    return define_both
+
+
 def _to(value: Any, device: torch.device) -> Any:
     if isinstance(value, tuple):
         return tuple(_to(part, device) for part in value)

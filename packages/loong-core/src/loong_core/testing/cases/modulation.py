@@ -1,4 +1,7 @@
-"""Cases of the ops `ada_rms_norm`, `layer_norm_modulate` and `gated_residual`. Shape legend: b, s, n as there."""
+"""Cases of the ops `ada_rms_norm`, `residual_ada_rms_norm`, `layer_norm_modulate` and `gated_residual`.
+
+Shape legend: b, s, n as there.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loong_core.testing.cases.case import OpCase, Tensors
+from loong_core.testing.cases.case import OpCase, Result, Tensors, handing_through
 
-Define = Callable[[Tensors, Mapping[str, Any]], Tensor]
+Define = Callable[[Tensors, Mapping[str, Any]], Result]
 
 
 def define_ada_rms_norm(tensors: Tensors, others: Mapping[str, Any]) -> Tensor:
@@ -66,6 +69,7 @@ def _gated(name: str, b: int, s: int, n: int) -> OpCase:
 
 
 ADA_RMS_NORM = _norms(define_ada_rms_norm)
+RESIDUAL_ADA_RMS_NORM = _norms(handing_through(define_ada_rms_norm))
 LAYER_NORM_MODULATE = _norms(define_layer_norm_modulate)
 GATED_RESIDUAL = (
     _gated("one_element", 1, 1, 1),
