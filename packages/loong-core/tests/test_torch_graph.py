@@ -74,7 +74,7 @@ class Recorder:
         return replay
 
 
-def with_graphs(engine: Any, most: int = 8) -> Recorder:
+def with_graphs(engine: Any, most: int = 8, free: int = 10**6) -> Recorder:
     import torch
 
     from loong_core.parallel.torch_graph import Graphs
@@ -84,6 +84,7 @@ def with_graphs(engine: Any, most: int = 8) -> Recorder:
     # Each look at the memory finds 100 bytes more of it without use.
     seen = itertools.count(0, 100)
     stand_ins |= {"memory_reserved": lambda device: 1000 + next(seen), "memory_allocated": lambda device: 900}
+    stand_ins |= {"mem_get_info": lambda device: (free - next(seen), 10**9), "synchronize": lambda: None}
     for name, value in stand_ins.items():
         mock.patch.object(torch.cuda, name, value, create=True).start()
     engine._graphs = Graphs(most, "cpu")
@@ -149,6 +150,31 @@ def test_graphs_reduce_gradients_of_the_last_micro_batch(shard: str, overlap: bo
     exact, found, buckets, reduced = run_ranks(2, work)[0]
     assert found == exact and buckets > 2
     assert any(reduced) == overlap and not all(reduced)
+
+
+def test_a_pass_of_another_shape_that_has_no_room_ends_graphs(tmp_path: Path) -> None:
+    """What graphs hold is of no use to it; without them it has that memory."""
+
+    def work(rank: int) -> list[Any]:
+        run, engine = tiny.start(recipe(), tmp_path)
+        exact = advance(run, engine, 5)
+        run, engine = tiny.start(recipe(), tmp_path)
+        recorder = with_graphs(engine, free=-(10**9))
+        held: list[int] = []
+        give_up = engine._graphs._give_up
+
+        def noted(reason: str) -> None:
+            held.append(engine.idle_bytes())
+            give_up(reason)
+
+        engine._graphs._give_up = noted
+        found = advance(run, engine, 5)
+        return [exact, found, recorder.replays, held, engine._graphs.works, engine.idle_bytes()]
+
+    exact, found, replays, held, works, idle = run_ranks(1, work)[0]
+    assert found == exact
+    assert replays > 0 and len(held) == 1 and held[0] > 0
+    assert not works and idle == 0
 
 
 def test_a_model_that_cannot_be_captured_trains_without_graphs(tmp_path: Path) -> None:

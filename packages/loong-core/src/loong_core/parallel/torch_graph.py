@@ -72,11 +72,11 @@ class Graphs:
         captured = self._graphs.get(key)
         if captured is None:
             self._seen[key] = self._seen.get(key, 0) + 1
-            if not self.works or self._seen[key] <= WARM_UP or len(self._graphs) >= self._most:
-                return function(batch)
-            captured = self._capture(function, key, batch, store)
-            if captured is None:
-                return function(batch)
+            if self.works and self._seen[key] > WARM_UP and len(self._graphs) < self._most:
+                captured = self._capture(function, key, batch, store)
+        if captured is None:
+            self._make_room()
+            return function(batch)
         for name, tensor in batch.items():
             captured.batch[name].copy_(tensor)
         captured.graph.replay()
@@ -100,16 +100,9 @@ class Graphs:
             with torch.cuda.graph(graph, pool=self._pool, stream=self.stream, capture_error_mode=mode):
                 result = function(static)
         except RuntimeError as error:
-            self.works = False
-            self._graphs.clear()
             text = str(error).strip().splitlines() or ["no reason given"]
-            logger.warning(
-                "parallel.options.cuda_graph: this model cannot be captured, training goes on without graphs. %s",
-                text[0],
-            )
-            torch.cuda.synchronize()
             del graph  # what was recorded holds memory that going on without graphs needs
-            torch.cuda.empty_cache()
+            self._give_up(f"this model cannot be captured, training goes on without graphs. {text[0]}")
             if store is not None:
                 store.discard()
                 store.set_progress(before)
@@ -119,6 +112,28 @@ class Graphs:
         if store is not None:
             store.set_progress(before)
         return found
+
+    def _make_room(self) -> None:
+        """Before a pass without a graph, which can use nothing of what graphs hold, and takes about as much: they share
+        their memory, so it is that of the largest."""
+        if not self._graphs:
+            return
+        free, _ = torch.cuda.mem_get_info(self._device)
+        if free + _idle_bytes(self._device) - self.idle_bytes >= self.idle_bytes:
+            return
+        held = self.idle_bytes / 2**30
+        self._give_up(
+            f"a batch of another shape has no room beside the graphs, which hold {held:.1f} GiB. Training goes on "
+            "without graphs; a smaller data.micro_batch has both."
+        )
+
+    def _give_up(self, reason: str) -> None:
+        """Go on without graphs, and give their memory back."""
+        logger.warning("parallel.options.cuda_graph: %s", reason)
+        torch.cuda.synchronize()
+        self.works, self.idle_bytes = False, 0
+        self._graphs.clear()
+        torch.cuda.empty_cache()
 
 
 def _idle_bytes(device: str) -> int:
