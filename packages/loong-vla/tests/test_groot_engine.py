@@ -59,7 +59,7 @@ def trained(rank: int, options: dict[str, dict[str, Any]], folder: Path) -> dict
 
 def ahead(rank: int, top: int, folder: Path) -> list[Any]:
     """Numbers of five steps: without looking ahead, with, and with batches that are not always there in time; and how
-    often rows were there already."""
+    often the model got rows of the frozen part."""
     found: list[Any] = []
     for options, known in (({}, ()), ({"ahead": True}, (1, 2, 3, 4)), ({"ahead": True}, (2, 4))):
         settings = recipe(**options)
@@ -92,7 +92,8 @@ def test_what_is_frozen_may_be_computed_ahead(top: int, tmp_path: Path) -> None:
     exact, none, always, all_of_them, sometimes, half = run_ranks(1, ahead, top, tmp_path, megatron=False)[0]
     assert always == exact and sometimes == exact
     # Four micro-batches a step. Of three layers DeepStack adds to two: with the two upper ones trained, one is trained.
-    assert (none, all_of_them, half) == ((0, 16, 8) if top < 2 else (0, 0, 0))
+    # What was not there in time is computed in its step, in the same way.
+    assert (none, all_of_them, half) == ((0, 20, 20) if top < 2 else (0, 0, 0))
 
 
 def test_every_way_to_share_it_out(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 CONFIG: dict[str, int] = {"BLOCK": 512, "num_warps": 4}
 """Elements and warps of a program. Four elements a thread are what one call of the generator has numbers for: the
@@ -49,6 +50,7 @@ class _DropoutAdd(torch.autograd.Function):
         return result
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (seed,) = ctx.saved_tensors
         rate, config = ctx.rate, ctx.config

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from loong_ops.dropout import CONFIG, dropped, place, seed_of
 from loong_ops.geglu import _share, _slope
@@ -36,6 +37,7 @@ class _GeluDropout(torch.autograd.Function):
         return result
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, seed = ctx.saved_tensors
         rate, config = ctx.rate, ctx.config

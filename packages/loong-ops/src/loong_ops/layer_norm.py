@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from loong_ops.norm_rows import Config, as_rows, cut
 from loong_ops.weight_gradient import delivered
@@ -40,7 +41,7 @@ def residual_layer_norm(
     """As `layer_norm`, and x for the branch to be added to: [..., n] -> ([..., n], [..., n] the memory of x).
 
     The gradients of both meet in backward's one pass: summed in float32, rounded once. The second result is x itself
-    where no gradient goes to x, a view of it otherwise, which autograd lets nobody write into.
+    where no gradient goes to x, a view of it otherwise, into which autograd lets nobody write while gradients are on.
 
     Raises `Unsupported` for more than 16384 numbers a row.
     """
@@ -66,6 +67,7 @@ class _LayerNorm(torch.autograd.Function):
         return (result, x.view_as(x)) if through else result
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, d_result: Tensor | None, d_residual: Tensor | None = None) -> tuple[Tensor | None, ...]:
         if d_result is None:
             return d_residual, None, None, None, None, None

@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from loong_core.errors import Unsupported
 
@@ -111,6 +112,7 @@ class _Norm(torch.autograd.Function):
         return (result, given.view_as(given)) if through else result
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, d_result: Tensor | None, d_residual: Tensor | None = None) -> tuple[Tensor | None, ...]:
         if d_result is None:
             return d_residual, None, None, None, None, None, None

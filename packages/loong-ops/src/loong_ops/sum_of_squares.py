@@ -1,7 +1,7 @@
 """The op `sum_of_squares`: what a norm of gradients needs, in one launch for each range of memory and one for all.
 
 Ranges that follow each other in the list and in memory are one. Each program leaves the sum of a fixed part of a range,
-and nothing is added atomically: the same tensors in the same places of a buffer give the same bits on any card.
+and nothing is added atomically: the same tensors in the same places of a buffer give the same bits on cards of a kind.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ backbone's features, n width of the action head.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ from loong_vla.groot_parameters import fused, trained_layer
 from loong_vla.images import looked_at
 
 FROZEN = "frozen"
-"""Key of a batch with rows [l,b,n] of the language model below its first trained layer (`Groot.frozen`)."""
+"""Key of a batch with rows [l,b,n] of the language model below its first trained layer (`Groot.frozen_part`)."""
 
 
 class Groot(nn.Module):
@@ -89,13 +89,14 @@ class Groot(nn.Module):
         return x
 
     # --------------------------------------------------------------------------------------------- the engine's view
-    @torch.no_grad()
-    def frozen(self, batch: Batch) -> dict[str, Tensor]:
+    def frozen_part(self) -> Callable[[Batch], dict[str, Tensor]] | None:
         """What `forward` computes of a batch before anything trained, to be added to it: an engine may do so while it
-        trains on another batch. Nothing where that is too little to be worth it."""
-        first = self.llm.first_trained
-        if first < max(1, len(self.shape.fields["deepstack"])):
-            return {}
+        trains on another batch. None where something of the tower or of the first layers is trained."""
+        most = max(1, len(self.shape.fields["deepstack"]))
+        return self._frozen if self.llm.first_trained >= most else None
+
+    @torch.no_grad()
+    def _frozen(self, batch: Batch) -> dict[str, Tensor]:
         packing = self._packing(batch)
         return {FROZEN: self.llm.frozen(*self._read(batch, packing, *self._places(packing)))}
 

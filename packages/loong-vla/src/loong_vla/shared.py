@@ -149,9 +149,10 @@ def pin(memory: mmap.mmap, device: str) -> bool:
 
 
 def unpin(memory: mmap.mmap, device: str) -> None:
-    """Undo `pin`."""
+    """Undo `pin`, after all that the device still fetches."""
     try:
         with torch.cuda.device(device):
+            torch.cuda.synchronize()
             torch.cuda.cudart().cudaHostUnregister(_first(memory).data_ptr())
     except (RuntimeError, AttributeError, AssertionError) as error:  # as after any error of CUDA
         logger.debug("memory of batches cannot be released: %s", error)

@@ -75,8 +75,8 @@ class RobotStream:
                 self._ahead[number] = self._ask(number, ready)
         made = self._ahead.pop(step).result()
         # The step before is let go here and no earlier. Its memory may be written again as soon as nobody refers to it,
-        # but the device fetches from it without waiting: that is over when the engine reported that step's loss, which
-        # a device computes from the batch, and so before the loop asked for this one.
+        # but the device fetches from it without waiting, maybe a step ahead (`coming`): that is over when the engine
+        # reported that step's loss, which a device computes from the batch, and so before the loop asked for this one.
         self._last = (step, made)
         self._step = step + 1
         self._report(made.skipped)

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from loong_core.parallel.torch_graph import Graphs
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from loong_core.train.engine import Batch
 
 FIRST = -1
@@ -23,14 +25,21 @@ FIRST = -1
 
 
 class Ahead:
-    """Micro-batches of the next step: on the device, with what `module.frozen(batch)` gives.
+    """Micro-batches of a step: on the device, with what `frozen(batch)` gives.
 
-    `place` copies a micro-batch to the device; `graphs` is the number of CUDA graphs, 0 for none.
+    `place` copies a micro-batch to the device; `graphs` is the number of CUDA graphs, 0 for none, and `held` what all
+    graphs of the process hold.
     """
 
-    def __init__(self, module: Any, place: Callable[[Batch], Batch], graphs: int, device: str) -> None:
-        self._frozen: Callable[[Batch], dict[str, torch.Tensor]] = module.frozen
-        self._place = place
+    def __init__(
+        self,
+        frozen: Callable[[Batch], dict[str, Tensor]],
+        place: Callable[[Batch], Batch],
+        graphs: int,
+        device: str,
+        held: Callable[[], int],
+    ) -> None:
+        self._frozen, self._place = frozen, place
         self._step: int | None = None
         self._ready: list[Batch] = []
         self._done: torch.cuda.Event | None = None
@@ -38,7 +47,7 @@ class Ahead:
         self._stream: torch.cuda.Stream | None = None
         self._graphs: Graphs | None = None
         if torch.device(device).type == "cuda":
-            self._graphs = Graphs(graphs, device) if graphs else None
+            self._graphs = Graphs(frozen, "frozen part", graphs, device, held=held) if graphs else None
             self._stream = torch.cuda.Stream(device) if self._graphs is None else self._graphs.stream
 
     @property
@@ -55,7 +64,7 @@ class Ahead:
             self._ready = []
             for batch in batches:
                 placed = self._place(batch)
-                found = self._frozen(placed) if self._graphs is None else self._graphs(self._frozen, placed)
+                found = self._frozen(placed) if self._graphs is None else self._graphs(placed, step)
                 self._ready.append({**placed, **found})
             self._step = step
             if self._stream is not None:
@@ -65,14 +74,15 @@ class Ahead:
         """Drop what was begun: the frozen weights are others now."""
         self._ready = []
 
-    def take(self, step: int) -> list[Batch] | None:
-        """The micro-batches of a step, for the current stream; None where `begin` was not called for it."""
-        ready, self._ready = self._ready, []
+    def take(self, batches: Sequence[Batch], step: int) -> list[Batch]:
+        """The micro-batches of a step, for the current stream: those that were begun, or begun now."""
         here = None if self._stream is None else torch.cuda.current_stream()
-        if self._step != step or not ready:
-            # Nothing is known of what came before, loading of weights for one: what is next begun waits for it.
+        if self._step != step or not self._ready:
+            # Nothing is known of what came before, loading of weights for one: it has to be over.
             self._after = None if here is None else here.record_event()
-            return None
+            self.begin(batches, step)
+        ready, self._ready = self._ready, []
+        assert len(ready) == len(batches), "the data gave other batches ahead of the step than in it"
         if here is not None and self._done is not None:
             here.wait_event(self._done)
             for batch in ready:

@@ -8,13 +8,15 @@ division by the global count happens once, in the update.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
 
+from loong_core.log import logger
 from loong_core.parallel import torch_state
 from loong_core.parallel.build import BuildContext, LossContext
 from loong_core.parallel.fetch import Fetched
@@ -118,12 +120,9 @@ class TorchEngine:
                 exact={parameter: values for parameter, values in exact.items() if parameter in cut},
                 compute=dtype,
             )
-        elif options.cuda_graph and torch.device(self.device).type == "cuda":
-            self._graphs = Graphs(options.graphs, self.device, FIRST if options.ahead else 0)
-        if options.ahead and self._sharded is None and hasattr(self._module, "frozen"):
-            graphs = 0 if self._graphs is None else options.graphs
-            self._ahead = Ahead(self._module, self._on_device, graphs, self.device)
-        with torch.cuda.stream(self._graphs.stream if self._graphs is not None else None):
+        else:
+            self._run_ahead_and_by_graphs(options)
+        with self._on_the_stream_of_graphs():
             self._flat = FlatStore(
                 whole,
                 decayed=decayed,
@@ -147,6 +146,34 @@ class TorchEngine:
         self.holdings.lay_out(self.trainer, self._sharded, options)
         self._set_masters(exact)
 
+    def _run_ahead_and_by_graphs(self, options: TorchOptions) -> None:
+        """What the options ask for, as far as device and model allow it."""
+        on_a_gpu = torch.device(self.device).type == "cuda"
+        graphs = options.graphs if options.cuda_graph and on_a_gpu else 0
+        if options.ahead:
+            frozen = self._module.frozen_part() if hasattr(self._module, "frozen_part") else None
+            if frozen is None:
+                logger.warning("parallel.options.ahead = true has no effect: nothing of this model is frozen first.")
+            else:
+                self._ahead = Ahead(frozen, self._on_device, graphs, self.device, self.idle_bytes)
+        if graphs:
+            priority = 0 if self._ahead is None else FIRST
+            self._graphs = Graphs(
+                self._backward, "forward and backward", graphs, self.device, priority, self.idle_bytes
+            )
+
+    @contextmanager
+    def _on_the_stream_of_graphs(self) -> Iterator[None]:
+        """Whatever is done here comes after all that was begun before, and before all that follows."""
+        if self._graphs is None:
+            yield
+            return
+        here = torch.cuda.current_stream()
+        self._graphs.stream.wait_stream(here)
+        with torch.cuda.stream(self._graphs.stream):
+            yield
+        here.wait_stream(self._graphs.stream)
+
     def _set_masters(self, exact: dict[Any, Tensor]) -> None:
         assert self.trainer is not None
         for parameter, values in exact.items():
@@ -164,16 +191,16 @@ class TorchEngine:
     ) -> dict[str, float]:
         """Gradients of the mean loss of `batches`; dropout is a function of seed, step and rank alone."""
         assert self._flat is not None
-        placed = None if self._ahead is None else self._ahead.take(step)
         torch.manual_seed(_mixed(self._run.recipe.run.seed, step + 1, self._run.rank))
         self._module.train()
+        placed = None if self._ahead is None else self._ahead.take(batches, step)
         for store in self._stores:
             store.begin()
         sums = None
         for index, batch in enumerate(batches):
             last = index == len(batches) - 1
             here = self._on_device(batch) if placed is None else placed[index]
-            found = self._micro_batch(here, first=index == 0, last=last)
+            found = self._micro_batch(here, step, last)
             sums = found if sums is None else sums + found
         for store in self._stores:
             store.finish()
@@ -187,14 +214,11 @@ class TorchEngine:
             self._ahead.begin(following, step + 1)
         return self._means(fetched.get())
 
-    def _micro_batch(self, batch: Batch, first: bool, last: bool) -> Tensor:
+    def _micro_batch(self, batch: Batch, step: int, last: bool) -> Tensor:
         """Forward and backward; what is reported, as sums in the order of `_names`."""
         if self._graphs is not None and self._graphs.works:
-            assert self._flat is not None
-            if not (last and self._flat.overlaps):
-                return self._graphs(self._backward, batch, (first,), self._flat)
-            # What is reduced is what the graph finds in the buffers, whichever micro-batches were before.
-            return self._graphs(self._reducing, batch, (first, *self._flat.progress()), self._flat)
+            found: Tensor = self._graphs(batch, step, self._flat)
+            return found
         if last:
             for store in self._stores:
                 store.expect_last()
@@ -205,14 +229,6 @@ class TorchEngine:
         total.backward()
         if self._flat is not None:
             self._flat.flush()
-        return report
-
-    def _reducing(self, batch: Batch) -> Tensor:
-        """As `_backward`, for the last micro-batch of a step: gradients are reduced meanwhile."""
-        assert self._flat is not None
-        self._flat.expect_last()
-        report = self._backward(batch)
-        self._flat.finish()
         return report
 
     def _forward(self, module: Any, batch: Batch) -> tuple[Tensor, Tensor]:

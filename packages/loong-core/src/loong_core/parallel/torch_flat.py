@@ -69,10 +69,9 @@ class FlatStore:
     ) -> None:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.sharded = sharded and self.world > 1
-        self.overlaps = overlap and self.world > 1
-        """Whether the last backward pass of a step reduces what is complete."""
+        self._overlap = overlap and self.world > 1
         self._gradients = gradients
-        self._last = self._reduced = False
+        self._last = False
         self._next = 0
         self._waiting: list[tuple[Any, Tensor]] = []
         size = bucket_size if self.world > 1 else 2**62
@@ -112,14 +111,13 @@ class FlatStore:
     # ------------------------------------------------------------------------------------------------ a step
     def begin(self) -> None:
         """Start a step: what the buffers hold is of no use any more."""
-        self._reduced = False
         self.discard()
         for parameter in self._bucket_of:
             parameter.main_grad_empty = True
 
     def expect_last(self) -> None:
         """The next backward pass is the step's last: buckets may be reduced as soon as they are complete."""
-        self._last, self._next = self.overlaps, 0
+        self._last, self._next = self._overlap, 0
         for bucket in self.buckets:
             bucket.missing = len(bucket.places)
 
@@ -165,13 +163,11 @@ class FlatStore:
 
     def finish(self) -> None:
         """Reduce what has not been reduced yet. Parameters that no gradient has reached have a gradient of zeros."""
-        if self._reduced:
-            return
         self.flush()
         started = self._next if self._last else 0
         for bucket in self.buckets[started:]:
             self._reduce(bucket)
-        self._last, self._reduced = False, True
+        self._last = False
         for bucket in self.buckets:
             if bucket.handle is not None:
                 bucket.handle.wait()
@@ -186,13 +182,12 @@ class FlatStore:
         elif self.world > 1:
             bucket.handle = dist.all_reduce(bucket.gradients, async_op=True)
 
-    def progress(self) -> tuple[bool, ...]:
-        """Of each parameter whether its buffer holds a gradient; at the end, whether they are reduced."""
-        return *(not parameter.main_grad_empty for parameter in self._bucket_of), self._reduced
+    def filled(self) -> tuple[bool, ...]:
+        """Of each parameter whether its buffer holds a gradient."""
+        return tuple(not parameter.main_grad_empty for parameter in self._bucket_of)
 
-    def set_progress(self, progress: Sequence[bool]) -> None:
+    def mark_filled(self, filled: Sequence[bool]) -> None:
         """The reverse, after something that ran without the hooks (a graph)."""
-        *filled, self._reduced = progress
         for parameter, full in zip(self._bucket_of, filled, strict=True):
             parameter.main_grad_empty = not full
 

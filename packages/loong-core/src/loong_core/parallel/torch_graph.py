@@ -1,8 +1,9 @@
 """What is done with a micro-batch as one CUDA graph: the host launches once what were thousands of kernels.
 
-A graph is good for one combination of shapes, and for one progress of a step: the gradients of its first micro-batch
-fill the buffers, those of later ones are added, and during the last one they are reduced. Where capturing fails, a
-reason is logged once and the engine goes on without graphs.
+A graph is good for one combination of shapes, and for the buffers that hold gradients already: those of a step's first
+micro-batch fill them, those of a later one are added. Gradients are reduced after the last replay, not during it: a
+collective has to be captured by all ranks or by none, and each has shapes of its own. Where capturing fails, a reason
+is logged once and the engine goes on without graphs.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ if TYPE_CHECKING:
     from loong_core.train.engine import Batch
 
 WARM_UP = 2
-"""Micro-batches of a combination that run eagerly first: libraries choose kernels and allocate on their first calls."""
+"""Steps in which a combination runs eagerly first: libraries choose kernels and allocate on their first calls. Steps,
+not micro-batches: all that a step's micro-batches have in common is captured in the same one, so that hardly a pass
+needs memory beside that of graphs."""
 
 Key = tuple[Any, ...]
 
@@ -30,87 +33,94 @@ class Captured(NamedTuple):
     graph: Any
     batch: Batch
     result: Any
-    progress: tuple[bool, ...]
+    filled: tuple[bool, ...]
 
 
 class Graphs:
-    """Runs functions of a batch, by graph where there is one. All of it happens on `stream`, whose work goes before
-    that of streams of a higher `priority`.
+    """Runs `function(batch)`, by graph where there is one. All of it happens on `stream`, whose work goes before that
+    of streams of a higher `priority`. `what` names the function in the log.
 
-    The graphs share memory among them, so no two may run at a time; those of two `Graphs` may.
+    The graphs share memory among them, so no two may run at a time; those of two `Graphs` may. `held` gives what all
+    graphs of the process hold, where these are not all.
     """
 
-    def __init__(self, most: int, device: str, priority: int = 0) -> None:
+    def __init__(
+        self,
+        function: Callable[[Batch], Any],
+        what: str,
+        most: int,
+        device: str,
+        priority: int = 0,
+        held: Callable[[], int] | None = None,
+    ) -> None:
         self.works = True
         self.idle_bytes = 0
         """What graphs use while they run, which the allocator counts as allocated only while they are captured."""
         self.stream = torch.cuda.Stream(device, priority=priority)
-        self._device = device
+        self._function, self._what, self._device = function, what, device
+        self._held = held or (lambda: self.idle_bytes)
         self._most = most
         self._pool = torch.cuda.graph_pool_handle()
-        self._seen: dict[Key, int] = {}
+        self._seen: dict[Key, set[int]] = {}
         self._graphs: dict[Key, Captured] = {}
 
-    def __call__(
-        self, function: Callable[[Batch], Any], batch: Batch, kind: Key = (), store: FlatStore | None = None
-    ) -> Any:
-        """What `function(batch)` gives: a tensor or a dict of them, which no later call writes to.
-
-        `kind` is what the function depends on beside the batch's shapes; `store` holds the gradients that it makes.
-        """
+    def __call__(self, batch: Batch, step: int, store: FlatStore | None = None) -> Any:
+        """What the function gives for a micro-batch of a step: a tensor or a dict of them, which no later call writes
+        to. `store` holds the gradients that it makes."""
         here = torch.cuda.current_stream()
         self.stream.wait_stream(here)
         with torch.cuda.stream(self.stream):
-            result = self._run(function, batch, kind, store)
+            result = self._run(batch, step, store)
         # Each stream waits for the other, so memory that one of them frees is not written to before both are done.
         here.wait_stream(self.stream)
         return result
 
-    def _run(self, function: Callable[[Batch], Any], batch: Batch, kind: Key, store: FlatStore | None) -> Any:
+    def _run(self, batch: Batch, step: int, store: FlatStore | None) -> Any:
         shapes = sorted((name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in batch.items())
-        key = (kind, *shapes)
+        filled = () if store is None else store.filled()
+        key = (filled, *shapes)
         captured = self._graphs.get(key)
-        if captured is None:
-            self._seen[key] = self._seen.get(key, 0) + 1
-            if self.works and self._seen[key] > WARM_UP and len(self._graphs) < self._most:
-                captured = self._capture(function, key, batch, store)
+        if captured is None and self.works and len(self._graphs) < self._most:
+            seen = self._seen.setdefault(key, set())
+            if len(seen - {step}) >= WARM_UP:
+                captured = self._capture(key, batch, filled, store)
+            elif len(seen) < WARM_UP:
+                seen.add(step)
         if captured is None:
             self._make_room()
-            return function(batch)
+            return self._function(batch)
         for name, tensor in batch.items():
             captured.batch[name].copy_(tensor)
         captured.graph.replay()
         if store is not None:
-            store.set_progress(captured.progress)
+            store.mark_filled(captured.filled)
         if isinstance(captured.result, dict):
             return {name: tensor.clone() for name, tensor in captured.result.items()}
         return captured.result.clone()
 
-    def _capture(
-        self, function: Callable[[Batch], Any], key: Key, batch: Batch, store: FlatStore | None
-    ) -> Captured | None:
-        """Record one micro-batch; nothing is computed yet."""
+    def _capture(self, key: Key, batch: Batch, filled: tuple[bool, ...], store: FlatStore | None) -> Captured | None:
+        """Record one micro-batch; nothing is computed yet, and the buffers are as `filled` as before."""
         static = {name: tensor.clone() for name, tensor in batch.items()}
         torch.cuda.empty_cache()  # as capturing does itself: what passes before have left is no graph's
-        before, idle = () if store is None else store.progress(), _idle_bytes(self._device)
+        idle = _idle_bytes(self._device)
         graph = torch.cuda.CUDAGraph()
         try:
             # Threads that load data may allocate pinned memory meanwhile.
             mode = "thread_local"
             with torch.cuda.graph(graph, pool=self._pool, stream=self.stream, capture_error_mode=mode):
-                result = function(static)
+                result = self._function(static)
         except RuntimeError as error:
             text = str(error).strip().splitlines() or ["no reason given"]
             del graph  # what was recorded holds memory that going on without graphs needs
             self._give_up(f"this model cannot be captured, training goes on without graphs. {text[0]}")
             if store is not None:
                 store.discard()
-                store.set_progress(before)
+                store.mark_filled(filled)
             return None
         self.idle_bytes += max(0, _idle_bytes(self._device) - idle)
-        found = self._graphs[key] = Captured(graph, static, result, () if store is None else store.progress())
+        found = self._graphs[key] = Captured(graph, static, result, () if store is None else store.filled())
         if store is not None:
-            store.set_progress(before)
+            store.mark_filled(filled)
         return found
 
     def _make_room(self) -> None:
@@ -119,7 +129,7 @@ class Graphs:
         if not self._graphs:
             return
         free, _ = torch.cuda.mem_get_info(self._device)
-        if free + _idle_bytes(self._device) - self.idle_bytes >= self.idle_bytes:
+        if free + _idle_bytes(self._device) - self._held() >= self.idle_bytes:
             return
         held = self.idle_bytes / 2**30
         self._give_up(
@@ -129,7 +139,7 @@ class Graphs:
 
     def _give_up(self, reason: str) -> None:
         """Go on without graphs, and give their memory back."""
-        logger.warning("parallel.options.cuda_graph: %s", reason)
+        logger.warning("parallel.options.cuda_graph, %s: %s", self._what, reason)
         torch.cuda.synchronize()
         self.works, self.idle_bytes = False, 0
         self._graphs.clear()

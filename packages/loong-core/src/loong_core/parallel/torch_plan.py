@@ -269,8 +269,8 @@ def _reasons(recipe: Recipe, cluster: Cluster, options: TorchOptions, chosen: _T
         for name in ("compile", "cuda_graph"):
             if getattr(options, name):
                 yield f"warning: parallel.options.{name} = true has no effect on the cpu backend"
-    elif chosen.shard in ("full", "hybrid"):
-        for name in ("cuda_graph", "ahead"):
+    if chosen.shard in ("full", "hybrid"):
+        for name in ("ahead",) if cluster.backend == "cpu" else ("cuda_graph", "ahead"):
             if getattr(options, name):
                 yield (
                     f"warning: parallel.options.{name} = true has no effect with shard = {chosen.shard}: parameters "
