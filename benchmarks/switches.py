@@ -31,7 +31,10 @@ SWITCHES: dict[str, list[str]] = {
     "rotation and head norms in torch": ["ops.rotary_qkv=torch"],
     "router in torch": ["ops.route=torch"],
     "norms by Transformer Engine": ["ops.rms_norm=torch"],
+    "residual gradients added apart": ["ops.residual_rms_norm=torch"],
     "AdamW in torch": ["ops.adamw=torch"],
+    "norm of the gradients in torch": ["ops.sum_of_squares=torch"],
+    "gradients in float32": ["precision=bf16"],
     "one row a micro-batch": ["data.micro_batch=1"],
     "layers computed again": ["parallel.recompute=full"],
 }

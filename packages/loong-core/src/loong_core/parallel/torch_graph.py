@@ -61,6 +61,7 @@ class Graphs:
         self._held = held or (lambda: self.idle_bytes)
         self._most = most
         self._pool = torch.cuda.graph_pool_handle()
+        self._kinds: dict[tuple[bool, ...], int] = {}
         self._seen: dict[Key, set[int]] = {}
         self._graphs: dict[Key, Captured] = {}
 
@@ -78,7 +79,7 @@ class Graphs:
     def _run(self, batch: Batch, step: int, store: FlatStore | None) -> Any:
         shapes = sorted((name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in batch.items())
         filled = () if store is None else store.filled()
-        key = (filled, *shapes)
+        key = (self._kinds.setdefault(filled, len(self._kinds)), *shapes)
         captured = self._graphs.get(key)
         if captured is None and self.works and len(self._graphs) < self._most:
             seen = self._seen.setdefault(key, set())
