@@ -31,6 +31,9 @@ import loong_ops
 SPILLS = re.compile(r"(\d+) bytes spill (?:stores|loads)")
 
 
+NO_DEVICE = "kernels are compiled here and never run: there is no device to ask"
+
+
 class Hopper(DriverBase):
     """Knows what it stands for, and nothing that takes a CUDA library."""
 
@@ -39,16 +42,16 @@ class Hopper(DriverBase):
         return True
 
     def map_python_to_cpp_type(self, ty: str) -> str:
-        raise NotImplementedError
+        raise RuntimeError(NO_DEVICE)
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", 90, 32)
 
     def get_active_torch_device(self) -> Any:
-        raise NotImplementedError
+        raise RuntimeError(NO_DEVICE)
 
     def get_benchmarker(self) -> Any:
-        raise NotImplementedError
+        raise RuntimeError(NO_DEVICE)
 
     def get_current_device(self) -> int:
         return 0

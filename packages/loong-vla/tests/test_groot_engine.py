@@ -103,3 +103,26 @@ def test_every_way_to_share_it_out(tmp_path: Path) -> None:
     for name, found in shared.items():
         assert found["numbers"] == pytest.approx(alone["numbers"], rel=3e-5), name
         assert found["weights"] == pytest.approx(alone["weights"], rel=3e-5), name
+
+
+def begun_in_vain(rank: int, folder: Path) -> list[Any]:
+    """Losses of a step that comes again, and of one whose frozen weights have changed, with the next step begun."""
+    found = []
+    for options in ({}, {"ahead": True}):
+        run, engine = tiny.start(recipe(**options), folder)
+        losses = []
+        for step, coming in ((0, 1), (0, 1), (1, 2)):
+            batches = micro_batches(run, coming)
+            losses.append(engine.forward_backward(micro_batches(run, step), step, lambda made=batches: made)["loss"])
+        engine._module.embed.data.mul_(1.5)
+        engine.weights_changed()
+        losses.append(engine.forward_backward(micro_batches(run, 2), 2)["loss"])
+        found.append(losses)
+        engine.close()
+    return found
+
+
+def test_what_was_begun_for_another_step_or_other_weights_is_dropped(tmp_path: Path) -> None:
+    exact, found = run_ranks(1, begun_in_vain, tmp_path, megatron=False)[0]
+    assert found == exact
+    assert exact[0] == exact[1] and len(set(exact)) == 3

@@ -17,10 +17,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from loong_core.errors import Unsupported
+from loong_ops.norm_rows import block_of
 
-WIDEST = 16384
-"""Numbers of a row that one program holds."""
 PROGRAMS = 132 * 6
 """Programs of backward, roughly: several on each multiprocessor of a Hopper GPU. One less where x is handed through,
 which takes more registers."""
@@ -161,14 +159,7 @@ class _Norm(torch.autograd.Function):
 
 
 def _cut(op: str, n: int, programs: int = PROGRAMS) -> Config:
-    """16 numbers a thread, as long as there are 4 to 16 warps to take them."""
-    if n > WIDEST:
-        raise Unsupported(
-            f"{op}: rows of {n} numbers are too wide for one program. Allowed: up to {WIDEST} (op {op}, implementation "
-            "triton). Choose another implementation in the recipe's `ops`."
-        )
-    width = triton.next_power_of_2(n)
-    return Config(max(1, 2048 // width), max(4, min(16, width // 512)), programs)
+    return Config(*block_of(op, n), programs)
 
 
 def _even(tensor: Tensor) -> Tensor:

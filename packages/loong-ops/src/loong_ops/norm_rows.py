@@ -24,11 +24,8 @@ class Config(NamedTuple):
     stages: int
 
 
-def cut(op: str, n: int, at_once: int) -> Config:
-    """16 numbers a thread, as long as there are 4 to 16 warps to take them.
-
-    `at_once`: warps that share a multiprocessor in backward, by the registers that a thread takes then: as many get
-    programs, which are one wave.
+def block_of(op: str, n: int) -> tuple[int, int]:
+    """Rows and warps of a program: 16 numbers a thread, as long as there are 4 to 16 warps to take them.
 
     Raises `Unsupported` for more than 16384 numbers a row.
     """
@@ -38,8 +35,18 @@ def cut(op: str, n: int, at_once: int) -> Config:
             "triton). Choose another implementation in the recipe's `ops`."
         )
     width = triton.next_power_of_2(n)
-    warps = max(4, min(16, width // 512))
-    rows = max(1, 2048 // width)
+    return max(1, 2048 // width), max(4, min(16, width // 512))
+
+
+def cut(op: str, n: int, at_once: int) -> Config:
+    """As `block_of` says, each way.
+
+    `at_once`: warps that share a multiprocessor in backward, by the registers that a thread takes then: as many get
+    programs, which are one wave.
+
+    Raises `Unsupported` for more than 16384 numbers a row.
+    """
+    rows, warps = block_of(op, n)
     return Config(rows, warps, rows, warps, 132 * max(1, at_once // warps), 1)
 
 
