@@ -66,6 +66,25 @@ def test_a_gpu_trains_what_a_cpu_trains(recipe: str, data: Path, tmp_path: Path)
         assert three["loss"] == pytest.approx(one["loss"], rel=1e-2)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(cuda.probe().devices < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_two_gpus_train_as_one(recipe: str, data: Path, tmp_path: Path) -> None:
+    """Gradients reduced beside the replay of a graph, in many buckets, with half of the optimizer on each."""
+    card = {"backend": "cuda", "precision": "bf16"}
+    found = []
+    for name, devices, graph in (("alone", 1, False), ("eager", 2, False), ("graphs", 2, True)):
+        options = {"cuda_graph": graph, "ahead": graph and "groot" in recipe, "bucket_size": 5000}
+        parallel = {"planner": "torch", "options": options}
+        found.append(train(tmp_path, name, recipe, data, **card, parallel=parallel, launch={"devices": devices}))
+    assert "cannot be captured" not in (tmp_path / "graphs" / "logs" / "rank-0000.log").read_text()
+    for alone, *others in zip(*found, strict=True):
+        for other in others:
+            assert other["tokens"] == alone["tokens"]
+            assert other["loss"] == pytest.approx(alone["loss"], rel=1e-2)
+            assert other["grad_norm"] == pytest.approx(alone["grad_norm"], rel=5e-2)
+
+
 def processes(recipe: str, count: int) -> dict[str, Any]:
     """Options of the data source with this many processes."""
     return {"processes": count, **({"embodiment": "new_embodiment"} if "groot" in recipe else {})}

@@ -128,7 +128,8 @@ def test_ranks_that_use_different_parameters_reduce_the_same(sharded: bool) -> N
     assert run_ranks(3, work, init=True, megatron=False) == [[5.0, 4.0, 3.0]] * 3
 
 
-def test_every_rank_gets_what_others_updated() -> None:
+@pytest.mark.parametrize("at_once", [False, True])
+def test_every_rank_gets_what_others_updated(at_once: bool) -> None:
     def work(rank: int) -> list[bool]:
         import torch
 
@@ -150,7 +151,10 @@ def test_every_rank_gets_what_others_updated() -> None:
             assert shard.decayed == (parameter.dim() > 1)
         for span in updates:
             span.parameter.add_(1.0)
-        store.gather()
+            if not at_once:
+                store.gather_after(span)
+        if at_once:
+            store.gather()
         store.gathered()
         return [torch.equal(new, old + 1.0) for new, old in zip(parameters, before, strict=True)]
 

@@ -14,6 +14,7 @@ from unittest import mock
 
 import pytest
 
+from loong_core.backends import cuda
 from loong_core.testing import decoder, tiny
 from loong_core.testing.ranks import run_ranks
 
@@ -66,6 +67,23 @@ class Recorder:
         return replay
 
 
+class Event:
+    """Recorded while a graph is captured, waited for after its replays."""
+
+    waits = 0
+
+    def __init__(self, external: bool) -> None:
+        assert external  # others are recorded once, when the graph is captured
+        self.recorded = False
+
+    def record(self) -> None:
+        self.recorded = True
+
+    def wait(self) -> None:
+        assert self.recorded
+        Event.waits += 1
+
+
 def with_graphs(engine: Any, most: int = 8, free: int = 10**6) -> Recorder:
     import torch
 
@@ -77,6 +95,7 @@ def with_graphs(engine: Any, most: int = 8, free: int = 10**6) -> Recorder:
     seen = itertools.count(0, 100)
     stand_ins |= {"memory_reserved": lambda device: 1000 + next(seen), "memory_allocated": lambda device: 900}
     stand_ins |= {"mem_get_info": lambda device: (free - next(seen), 10**9), "synchronize": lambda: None}
+    stand_ins |= {"Event": Event}
     for name, value in stand_ins.items():
         mock.patch.object(torch.cuda, name, value, create=True).start()
     engine._graphs = Graphs(recorder.function, "forward and backward", most, "cpu")
@@ -111,21 +130,67 @@ def test_graphs_train_as_eager_passes(most: int, tmp_path: Path) -> None:
     assert idle == 100 * graphs
 
 
-@pytest.mark.parametrize("shard", ["none", "optimizer"])
-def test_graphs_on_two_ranks(shard: str, tmp_path: Path) -> None:
-    """Gradients are reduced after the last of them."""
+@pytest.mark.parametrize(("shard", "overlap"), [("none", True), ("optimizer", True), ("optimizer", False)])
+def test_graphs_on_two_ranks(shard: str, overlap: bool, tmp_path: Path) -> None:
+    """A step's last replay records when buckets are complete, and they are reduced beside it; on a rank whose batches
+    have too many shapes for graphs, beside the pass itself, in the same order."""
     sections = recipe()
-    sections["parallel"]["options"] = {"shard": shard, "bucket_size": 2000}
+    sections["parallel"]["options"] = {"shard": shard, "bucket_size": 2000, "overlap": overlap}
 
     def work(rank: int) -> list[Any]:
         run, engine = tiny.start(sections, tmp_path)
         exact = advance(run, engine, 5)
         run, engine = tiny.start(sections, tmp_path)
-        recorder = with_graphs(engine)
-        return [exact, advance(run, engine, 5), len(engine._flat.buckets), recorder.replays]
+        recorder = with_graphs(engine, most=8 if rank == 0 else 0)
+        store, reduced = engine._flat, []
+        reduce, finish = store._reduce, store.finish
 
-    exact, found, buckets, replays = run_ranks(2, work)[0]
-    assert found == exact and buckets > 2 and replays > 0
+        def noted(bucket: Any) -> None:
+            reduced.append(next(index for index, one in enumerate(store.buckets) if one is bucket))
+            reduce(bucket)
+
+        def finishing() -> None:
+            reduced.append("then")
+            finish()
+
+        store._reduce, store.finish = noted, finishing
+        idle = dict(engine._module.named_parameters())["idle"]
+        first = next(index for index, one in enumerate(store.buckets) if any(p.parameter is idle for p in one.places))
+        sizes = [first, len(store.buckets)]
+        return [exact, advance(run, engine, 5), sizes, recorder.replays, reduced, Event.waits]
+
+    (exact, found, (idle, buckets), replays, reduced, waits), other = run_ranks(2, work)
+    assert found == exact and other[1] == other[0] and replays > 0 and other[3] == 0
+    # No gradient ever reaches the bucket of `idle`: it and those behind it are reduced after the pass.
+    beside = idle if overlap else 0
+    assert 1 < idle < buckets
+    assert reduced == other[4] == [*range(beside), "then", *range(beside, buckets)] * 5
+    assert [waits, other[5]] == [beside * 3, 0]  # the first two of five steps run without graphs on either rank
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(cuda.probe().devices == 0, reason="needs a CUDA device")
+def test_whoever_waits_for_a_recorded_event_waits_for_the_latest_replay() -> None:
+    """What `FlatStore.reduce_as_recorded` relies on: not for a replay before, whose event is done."""
+    import torch
+
+    event = torch.cuda.Event(external=True)
+    source, copied = (torch.zeros(1 << 20, device="cuda") for _ in range(2))
+    graph, beside = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    with torch.cuda.graph(graph):
+        torch.cuda._sleep(50_000_000)
+        copied.copy_(source)
+        event.record()
+        torch.cuda._sleep(50_000_000)
+    for number in range(1, 6):
+        source.fill_(number)
+        torch.cuda.synchronize()
+        graph.replay()
+        with torch.cuda.stream(beside):
+            event.wait()
+            seen = copied.clone()
+        torch.cuda.synchronize()
+        assert (seen == number).all()
 
 
 @pytest.mark.parametrize("comes", [None, 4])

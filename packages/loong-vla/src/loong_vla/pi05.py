@@ -40,9 +40,9 @@ class Pi05(nn.Module):
         self.vision = Siglip(fields, ops)
         self.projector = nn.Linear(fields["vision_hidden"], fields["hidden"])
         self.embed = Embedding(fields["vocabulary"], fields["hidden"])
+        self.actions = ActionEmbedding(fields)
         last = fields["layers"] - 1
         self.layers = nn.ModuleList(JointLayer(fields, ops, index == last) for index in range(fields["layers"]))
-        self.actions = ActionEmbedding(fields)
         self.modulation = nn.Linear(fields["expert_hidden"], 3 * fields["expert_hidden"])
         self.velocity = Velocity(fields["expert_hidden"], fields["action_size"])
 

@@ -168,6 +168,7 @@ class AdamW:
                 step=self.steps + 1,
                 scale=scale,
             )
+            self._launched(shard)
         self._updated()
         found = float(fetched.get())
         self.steps += math.isfinite(found)
@@ -178,6 +179,9 @@ class AdamW:
         """Have the device work on the norm that the next `step` needs. For engines that wait for the losses first."""
         norm = self._norm() * gradient_scale
         self._measured = norm, Fetched(norm)
+
+    def _launched(self, update: Shard) -> None:
+        """Called once one of the updates is launched."""
 
     def _updated(self) -> None:
         """Called once every update is launched, before the wait for the norm."""

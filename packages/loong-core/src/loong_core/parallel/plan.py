@@ -37,8 +37,9 @@ PLANNERS: tuple[ParallelPlanner, ...] = (
         plan="loong_core.parallel.torch_plan:plan",
         build="loong_core.parallel.torch_engine:build",
         options="loong_core.parallel.torch_options:TorchOptions",
-        # CUDA's own number of hardware queues: what runs on a stream beside another does not wait for it.
-        env={"CUDA_DEVICE_MAX_CONNECTIONS": "8"},
+        # CUDA's own number of hardware queues: what runs on a stream beside another does not wait for it. NCCL goes
+        # before all else, or ranks would wait for each other behind a graph that leaves no room.
+        env={"CUDA_DEVICE_MAX_CONNECTIONS": "8", "TORCH_NCCL_HIGH_PRIORITY": "1"},
         summary="Data parallelism in plain torch: whole models, or sharded (ZeRO-1, FSDP2, HSDP).",
     ),
 )

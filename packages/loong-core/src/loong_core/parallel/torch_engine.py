@@ -103,7 +103,7 @@ class TorchEngine:
         prepare_units(units, self.plan, options, self.device)
         listed = dict(self._module.named_parameters())
         decayed = {p for name, p in listed.items() if p.dim() > 1 and not name.endswith(".bias")}
-        trained = _in_order_of_gradients(self._module, units)
+        trained = in_order_of_gradients(self._module)
         whole = trained
         if options.shard in ("full", "hybrid") and self.plan.dp > 1:
             from loong_core.parallel.torch_sharded import ShardedStore, fits
@@ -217,7 +217,7 @@ class TorchEngine:
     def _micro_batch(self, batch: Batch, step: int, last: bool) -> Tensor:
         """Forward and backward; what is reported, as sums in the order of `_names`."""
         if self._graphs is not None and self._graphs.works:
-            found: Tensor = self._graphs(batch, step, self._flat)
+            found: Tensor = self._graphs(batch, step, self._flat, last)
             return found
         if last:
             for store in self._stores:
@@ -327,12 +327,7 @@ class TorchEngine:
         """Nothing to release: torch's process group belongs to the worker."""
 
 
-def _in_order_of_gradients(module: nn.Module, units: Sequence[nn.Module]) -> list[nn.Parameter]:
-    """Trained parameters, those first whose gradients come first: what was registered behind the units, the units from
-    the last to the first, what was registered before them."""
-    inside = {parameter: None for unit in units for parameter in unit.parameters()}
-    listed = list(module.parameters())
-    first = next((index for index, parameter in enumerate(listed) if parameter in inside), len(listed))
-    behind = [parameter for parameter in listed[first:] if parameter not in inside]
-    forward = [*listed[:first], *inside, *behind]
-    return [parameter for parameter in reversed(forward) if parameter.requires_grad]
+def in_order_of_gradients(module: nn.Module) -> list[nn.Parameter]:
+    """Trained parameters, those first whose gradients come first, as far as modules are registered in the order of
+    execution. One that comes before its turn only waits; one that comes after it has the later ones wait."""
+    return [parameter for parameter in reversed(list(module.parameters())) if parameter.requires_grad]

@@ -2,12 +2,14 @@
 
 A parameter's gradient is added to its place in the buffer as soon as autograd has it, or written there by the op that
 computes it (`gradient_buffer`); torch's own `.grad` lives for a moment. Buckets are filled in the order in which
-backward passes reach parameters, and reduced in that order on every rank, whatever is unused on one of them.
+backward passes reach parameters, and reduced in that order on every rank, whatever is unused on one of them, and
+whether a rank runs the pass itself or replays a CUDA graph of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -71,8 +73,10 @@ class FlatStore:
         self.sharded = sharded and self.world > 1
         self._overlap = overlap and self.world > 1
         self._gradients = gradients
-        self._last = False
+        self._complete: Callable[[Bucket], None] | None = None
         self._next = 0
+        self._reductions: torch.cuda.Stream | None = None
+        self._ends: dict[int, Bucket] = {}
         self._waiting: list[tuple[Any, Tensor]] = []
         size = bucket_size if self.world > 1 else 2**62
         self.buckets = [self._bucket(group, decayed) for group in _groups(parameters, size)]
@@ -117,9 +121,46 @@ class FlatStore:
 
     def expect_last(self) -> None:
         """The next backward pass is the step's last: buckets may be reduced as soon as they are complete."""
-        self._last, self._next = self._overlap, 0
+        if self._overlap:
+            self._expect(self._reduce)
+
+    def _expect(self, complete: Callable[[Bucket], None]) -> None:
+        """Call `complete` in the next backward pass for every bucket whose parameters it is done with, in order."""
+        self._complete, self._next = complete, 0
         for bucket in self.buckets:
             bucket.missing = len(bucket.places)
+
+    @contextmanager
+    def recorded(self) -> Iterator[list[torch.cuda.Event]]:
+        """Around the capture of a backward pass: replays record the events that are in the list afterwards, one for
+        each of the first buckets, as soon as the bucket is complete."""
+        events: list[torch.cuda.Event] = []
+
+        def record(bucket: Bucket) -> None:
+            self.flush()
+            gradient_buffer.settle(bucket.trained)
+            event = torch.cuda.Event(external=True)
+            event.record()
+            events.append(event)
+
+        if self._overlap:
+            self._expect(record)
+        try:
+            yield events
+        finally:
+            self._complete, self._next = None, 0
+
+    def reduce_as_recorded(self, events: Sequence[torch.cuda.Event]) -> None:
+        """Reduce buckets beside the step's last pass, a replay that is launched already and records `events`. The
+        collectives themselves are no part of a graph: those have to be captured by all ranks or by none, and each rank
+        has batches of its own shapes."""
+        if events and self._reductions is None:
+            self._reductions = torch.cuda.Stream(self.buckets[0].gradients.device)
+        for bucket, event in zip(self.buckets, events, strict=False):
+            with torch.cuda.stream(self._reductions):
+                event.wait()
+                self._reduce(bucket)
+        self._next = len(events)
 
     def _arrived(self, parameter: Any) -> None:
         if parameter.grad_added_to_main_grad:
@@ -129,11 +170,11 @@ class FlatStore:
         parameter.grad = None
         if len(self._waiting) >= _TOGETHER:
             self.flush()
-        if self._last:
+        if self._complete is not None:
             bucket = self._bucket_of[parameter]
             bucket.missing -= 1
             while self._next < len(self.buckets) and self.buckets[self._next].missing == 0:
-                self._reduce(self.buckets[self._next])
+                self._complete(self.buckets[self._next])
                 self._next += 1
 
     def flush(self) -> None:
@@ -153,7 +194,7 @@ class FlatStore:
 
     def discard(self) -> None:
         """Forget gradients that have not come to the buffers, after a pass that was broken off."""
-        self._last = False
+        self._complete, self._next = None, 0
         self._waiting.clear()
         for bucket in self.buckets:
             bucket.handle = None
@@ -164,10 +205,9 @@ class FlatStore:
     def finish(self) -> None:
         """Reduce what has not been reduced yet. Parameters that no gradient has reached have a gradient of zeros."""
         self.flush()
-        started = self._next if self._last else 0
-        for bucket in self.buckets[started:]:
+        for bucket in self.buckets[self._next :]:
             self._reduce(bucket)
-        self._last = False
+        self._complete, self._next = None, 0
         for bucket in self.buckets:
             if bucket.handle is not None:
                 bucket.handle.wait()
@@ -208,6 +248,7 @@ class FlatStore:
         by_parameter: dict[Tensor, Shard] = {}
         updates = []
         for bucket in self.buckets:
+            span = None
             for decayed, begin, end in self._spans(bucket):
                 span = make(bucket.parameters[begin:end], bucket.gradients[begin:end], decayed)
                 updates.append(span)
@@ -216,6 +257,7 @@ class FlatStore:
                     if place.decayed == decayed and first < last:
                         where = slice(first - begin, last - begin)
                         by_parameter[place.parameter] = _part(span, where, first - place.begin)
+            self._ends[id(span)] = bucket
         return by_parameter, updates
 
     def _spans(self, bucket: Bucket) -> Iterator[tuple[bool, int, int]]:
@@ -231,10 +273,19 @@ class FlatStore:
 
     def gather(self) -> None:
         """Begin to bring every rank the parameters that others have updated."""
+        for bucket in self.buckets:
+            self._gather(bucket)
+
+    def gather_after(self, update: Shard) -> None:
+        """The same for one bucket, if `update` is the last of it: beside the updates that follow."""
+        bucket = self._ends.get(id(update))
+        if bucket is not None:
+            self._gather(bucket)
+
+    def _gather(self, bucket: Bucket) -> None:
         if self.sharded:
-            for bucket in self.buckets:
-                mine = self._mine(bucket.parameters)
-                bucket.gathering = dist.all_gather_into_tensor(bucket.parameters, mine, async_op=True)
+            mine = self._mine(bucket.parameters)
+            bucket.gathering = dist.all_gather_into_tensor(bucket.parameters, mine, async_op=True)
 
     def gathered(self) -> None:
         """Wait until that is done; the device waits, not the host."""

@@ -1,14 +1,15 @@
 """What is done with a micro-batch as one CUDA graph: the host launches once what were thousands of kernels.
 
 A graph is good for one combination of shapes, and for the buffers that hold gradients already: those of a step's first
-micro-batch fill them, those of a later one are added. Gradients are reduced after the last replay, not during it: a
-collective has to be captured by all ranks or by none, and each has shapes of its own. Where capturing fails, a reason
+micro-batch fill them, those of a later one are added. Collectives stay outside; a graph records events by which they
+run beside its replay (`FlatStore.recorded`). Where capturing fails, a reason
 is logged once and the engine goes on without graphs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -28,12 +29,14 @@ Key = tuple[Any, ...]
 
 
 class Captured(NamedTuple):
-    """A graph with its inputs and its result, and which buffers hold gradients once it has run."""
+    """A graph with its inputs and its result, which buffers hold gradients once it has run, and the events of buckets
+    that are complete."""
 
     graph: Any
     batch: Batch
     result: Any
     filled: tuple[bool, ...]
+    events: list[torch.cuda.Event]
 
 
 class Graphs:
@@ -65,18 +68,18 @@ class Graphs:
         self._seen: dict[Key, set[int]] = {}
         self._graphs: dict[Key, Captured] = {}
 
-    def __call__(self, batch: Batch, step: int, store: FlatStore | None = None) -> Any:
+    def __call__(self, batch: Batch, step: int, store: FlatStore | None = None, last: bool = False) -> Any:
         """What the function gives for a micro-batch of a step: a tensor or a dict of them, which no later call writes
-        to. `store` holds the gradients that it makes."""
+        to. `store` holds the gradients that it makes, and reduces them meanwhile if this is the step's `last`."""
         here = torch.cuda.current_stream()
         self.stream.wait_stream(here)
         with torch.cuda.stream(self.stream):
-            result = self._run(batch, step, store)
+            result = self._run(batch, step, store, last)
         # Each stream waits for the other, so memory that one of them frees is not written to before both are done.
         here.wait_stream(self.stream)
         return result
 
-    def _run(self, batch: Batch, step: int, store: FlatStore | None) -> Any:
+    def _run(self, batch: Batch, step: int, store: FlatStore | None, last: bool) -> Any:
         shapes = sorted((name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in batch.items())
         filled = () if store is None else store.filled()
         key = (self._kinds.setdefault(filled, len(self._kinds)), *shapes)
@@ -89,12 +92,16 @@ class Graphs:
                 seen.add(step)
         if captured is None:
             self._make_room()
+            if store is not None and last:
+                store.expect_last()
             return self._function(batch)
         for name, tensor in batch.items():
             captured.batch[name].copy_(tensor)
         captured.graph.replay()
         if store is not None:
             store.mark_filled(captured.filled)
+            if last:
+                store.reduce_as_recorded(captured.events)
         if isinstance(captured.result, dict):
             return {name: tensor.clone() for name, tensor in captured.result.items()}
         return captured.result.clone()
@@ -108,7 +115,10 @@ class Graphs:
         try:
             # Threads that load data may allocate pinned memory meanwhile.
             mode = "thread_local"
-            with torch.cuda.graph(graph, pool=self._pool, stream=self.stream, capture_error_mode=mode):
+            with (
+                nullcontext([]) if store is None else store.recorded() as events,
+                torch.cuda.graph(graph, pool=self._pool, stream=self.stream, capture_error_mode=mode),
+            ):
                 result = self._function(static)
         except RuntimeError as error:
             text = str(error).strip().splitlines() or ["no reason given"]
@@ -119,7 +129,8 @@ class Graphs:
                 store.mark_filled(filled)
             return None
         self.idle_bytes += max(0, _idle_bytes(self._device) - idle)
-        found = self._graphs[key] = Captured(graph, static, result, () if store is None else store.filled())
+        then = () if store is None else store.filled()
+        found = self._graphs[key] = Captured(graph, static, result, then, events)
         if store is not None:
             store.mark_filled(filled)
         return found

@@ -94,8 +94,10 @@ class TorchAdamW(AdamW):
             if shard.ema is not None:
                 shard.ema.copy_(shard.read(MASTER, slice(None)))
 
+    def _launched(self, update: Shard) -> None:
+        self._flat.gather_after(update)
+
     def _updated(self) -> None:
-        self._flat.gather()
         if self._ema is not None:
             self._average(self._ema)
         # The device waits, not the host; from here on everybody may look at the parameters.
