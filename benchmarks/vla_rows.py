@@ -102,7 +102,7 @@ PI05_ROWS: dict[str, Row] = {
             name="pi05-curves",
             batch=4,
             config={"skip_padding": False},
-            overrides=("optim.lr=1e-4", "optim.warmup=10"),
+            overrides=("optim.lr=1e-7", "optim.warmup=10"),
             peers=("float32",),
             **_PI05,
         ),
