@@ -66,8 +66,8 @@ class Chunk(Protocol):
 class WholeModel(Protocol):
     """A model that the torch engine trains: one `nn.Module`, whole, which is sharded once its weights are loaded.
 
-    It registers its modules in the order of execution: gradients are reduced in the reverse of it while the backward pass
-    runs, and one that comes later than its turn has the following ones wait.
+    It registers its modules in the order of execution: gradients are reduced in the reverse of it while the backward
+    pass runs, and one that comes later than its turn has the following ones wait.
 
     A model may also have `packing(batch) -> tensors to add`: called with each micro-batch on the CPU, before it goes to
     the device, so that lengths which depend on the data are known without waiting for the device.
