@@ -83,6 +83,8 @@ LAYOUTS = [
     ("moe", 2, {"tp": 2, "ep": 2}),
     ("moe", 2, {"tp": 2, "etp": 2}),
     ("moe", 2, {"tp": 2, "sp": True}),
+    ("moe", 2, {"ep": 2, "recompute": "full"}),
+    ("moe", 2, {"ep": 2, "options": {"exchange_pieces": 3}}),
     ("moe", 2, {"ep": 2, "options": {"dispatch": "alltoall"}}),
     ("moe", 4, {"ep": 2, "tp": 2}),
     ("moe", 4, {"ep": 2, "tp": 2, "options": {"dispatch": "alltoall"}}),

@@ -67,11 +67,12 @@ class Decoder(GPTModel):
         self._index = index
         balance = _balance(shape, context)
         gathered = gathers(context.dispatch, context.plan.ep, context.plan.etp)
+        exchange = {"gathers": gathered, "pieces": context.exchange_pieces}
         router = partial(BalancedRouter, ops=context.ops, balance=balance) if fields["experts"] else None
         super().__init__(
             config=config,
             transformer_layer_spec=layers.block(
-                context.layers, context.ops, fields, context.chunks[index], router, gathered
+                context.layers, context.ops, fields, context.chunks[index], router, exchange
             ),
             vocab_size=padded_extent(shape.vocabulary, context.plan.tp),
             max_sequence_length=0,  # only learned positions would read it

@@ -43,16 +43,17 @@ def block(
     fields: Mapping[str, Any],
     layers: Sequence[int],
     router: Callable[..., Any] | None,
-    gathers: bool,
+    exchange: Mapping[str, Any],
 ) -> TransformerBlockSubmodules:
     """The layers `layers` (global indices) of a model with settings `fields`.
 
-    `router` builds the router of layers with experts; `gathers` is how their tokens are exchanged (`Mixture`).
+    `router` builds the router of layers with experts; `exchange` is how their tokens are exchanged, as settings of
+    `Mixture`.
     """
     norm = provider.layer_norm(rms_norm=True, has_residual=True)
     attention = _attention(provider, ops, fields)
     dense = _mlp(provider, ops, fields)
-    sparse = _experts(ops, router, gathers) if router is not None else None
+    sparse = _experts(ops, router, exchange) if router is not None else None
     specs = [
         ModuleSpec(
             module=TransformerLayer,
@@ -142,6 +143,6 @@ def _holding(linear: type) -> type:
     return type(linear.__name__, (linear,), {"forward": forward})
 
 
-def _experts(ops: Ops, router: Callable[..., Any], gathers: bool) -> Callable[..., Any]:
+def _experts(ops: Ops, router: Callable[..., Any], exchange: Mapping[str, Any]) -> Callable[..., Any]:
     experts = type("Experts", (Experts,), {"ops": ops})
-    return partial(Mixture, submodules=MoESubmodules(experts=experts, router=router), gathers=gathers)
+    return partial(Mixture, submodules=MoESubmodules(experts=experts, router=router), **exchange)

@@ -9,14 +9,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-import torch.distributed as dist
-from megatron.core.tensor_parallel import (
-    gather_from_sequence_parallel_region,
-    reduce_scatter_to_sequence_parallel_region,
-    set_tensor_model_parallel_attributes,
-)
+from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor, nn
+
+from loong_llm.exchange import Share, exchange
 
 if TYPE_CHECKING:
     from loong_core.ops import Ops
@@ -68,14 +65,14 @@ class Mixture(MoELayer):
     """Router, exchange and experts of a layer.
 
     With the experts of a layer on few ranks (`gathers`), every rank takes the tokens of all of them and adds its own
-    experts' part; results are summed where the token lives. A token with 8 experts on 4 ranks visits nearly all of
-    them, so it travels once instead of twice, messages have a fixed size, and nothing is permuted.
+    experts' part; results are summed where the token lives (`exchange`, in `pieces`). A token with 8 experts on 4 ranks
+    visits nearly all of them, so it travels once instead of twice, messages have a fixed size, and nothing is permuted.
     Otherwise megatron-core's all-to-all dispatcher sends each (token, expert) pair.
     """
 
-    def __init__(self, config: Any, *args: Any, gathers: bool, **kwargs: Any) -> None:
+    def __init__(self, config: Any, *args: Any, gathers: bool, pieces: int, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
-        self.gathers = gathers
+        self.gathers, self.pieces = gathers, pieces
         self.router.sparse = gathers
 
     def forward(
@@ -94,31 +91,11 @@ class Mixture(MoELayer):
 
     def _exchanged(self, hidden: Tensor, routing: Routing) -> Tensor:
         """hidden [t,n] -> [t,n] by the experts of all ranks."""
-        group, count = self.ep_group, self.num_local_experts
-        first = group.rank() * count
-        chosen = hidden.new_empty((group.size() * hidden.shape[0], routing.experts.shape[1]), dtype=torch.int32)
-        dist.all_gather_into_tensor(chosen, routing.experts.contiguous(), group=group)
-        here = HostNumber(((chosen >= first) & (chosen < first + count)).sum())
-        # While the tokens travel, the number of pairs reaches the host: waiting for it leaves no gap on the device.
-        weights = gather_from_sequence_parallel_region(routing.weights, group=group)
-        everyone = gather_from_sequence_parallel_region(hidden, group=group)
-        output, _ = self.experts(everyone, None, weights, chosen, first=first, pairs=int(here))
-        return reduce_scatter_to_sequence_parallel_region(output, group=group)
+        count = self.num_local_experts
+        share = Share(self.ep_group, self.ep_group.rank() * count, count, self.pieces)
 
+        def compute(tokens: Tensor, weights: Tensor, chosen: Tensor, pairs: int) -> Tensor:
+            output: Tensor = self.experts(tokens, None, weights, chosen, first=share.first, pairs=pairs)[0]
+            return output
 
-class HostNumber:
-    """A number on its way from the device; `int()` waits for it, and for nothing that was started later."""
-
-    def __init__(self, value: Tensor) -> None:
-        self._event = None
-        self._value = value
-        if value.is_cuda:
-            self._value = torch.empty((), dtype=value.dtype, pin_memory=True)
-            self._value.copy_(value, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record()
-
-    def __int__(self) -> int:
-        if self._event is not None:
-            self._event.synchronize()
-        return int(self._value)
+        return exchange(hidden, routing.weights, routing.experts, list(self.experts.parameters()), share, compute)

@@ -59,6 +59,7 @@ def build(run: Run) -> MegatronEngine:
     groups = ProcessGroupCollection.use_mpu_process_groups()
     tensor_parallel.model_parallel_cuda_manual_seed(_mixed(run.recipe.run.seed, 0))
     stages = range(groups.pp.rank(), plan.pp * plan.vpp, plan.pp)
+    options = MegatronOptions(**run.recipe.parallel.options)
     context = BuildContext(
         plan=plan,
         precision=run.precision,
@@ -71,7 +72,8 @@ def build(run: Run) -> MegatronEngine:
         last=tuple(stage == plan.pp * plan.vpp - 1 for stage in stages),
         dropout=run.recipe.model.dropout,
         deterministic=run.recipe.run.deterministic,
-        dispatch=MegatronOptions(**run.recipe.parallel.options).dispatch,
+        dispatch=options.dispatch,
+        exchange_pieces=options.exchange_pieces,
     )
     return MegatronEngine(run, groups, resolve(run.family.builder)(run.shape, context))
 

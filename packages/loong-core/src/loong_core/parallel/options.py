@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import PositiveInt
+
 from loong_core.recipe import Section
 
 WIDEST_GATHER = 8
@@ -21,5 +23,8 @@ class MegatronOptions(Section):
     dispatch: Literal["auto", "gather", "alltoall"] = "auto"
     """How tokens reach experts on other ranks: gather (all ranks of the group see all tokens; the experts are not cut)
     or alltoall (each token is sent per expert). auto: gather in groups of up to 8 ranks where experts are not cut."""
+    exchange_pieces: PositiveInt = 1
+    """With gather: the pieces in which tokens go to the experts and back. While one is computed another travels; more
+    pieces are smaller products. What suits a machine is to be tried."""
     bucket_size: int | None = None
     """Parameters per gradient bucket; null takes megatron-core's own rule."""

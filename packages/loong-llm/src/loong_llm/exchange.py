@@ -1,0 +1,163 @@
+"""Every rank's experts over the tokens of all ranks of a group, in pieces: one travels while another is computed.
+
+A piece is gathered, goes through the experts held here, and what they add is summed where its tokens live; backward
+is the same the other way round. Autograd sees one step, because it would run the pieces one after the other: forward
+keeps a graph of each piece, backward walks through it as soon as the piece's gradients are here.
+
+Shape legend: t tokens of this rank, r ranks, k experts chosen for each token, n hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from loong_core.parallel.fetch import Fetched
+
+Compute = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+"""Tokens [m,n], weights [m,k], chosen experts [m,k] and how many of those are held here -> what they add, [m,n]."""
+
+
+class _Piece(NamedTuple):
+    tokens: Tensor
+    weights: Tensor
+    added: Tensor
+
+
+def exchange(
+    hidden: Tensor, weights: Tensor, chosen: Tensor, parameters: Sequence[Tensor], share: Share, compute: Compute
+) -> Tensor:
+    """hidden [t,n] -> [t,n], the sum of what every rank's `compute` adds to a token. `weights` [t,k] are those of the
+    experts chosen for it, `chosen` [t,k]; both of this rank's tokens, as `hidden`. `parameters` are what `compute`
+    trains. All ranks have the same number of tokens."""
+    everywhere, here = _gather(chosen.int(), share)
+    here.wait()
+    cuts = share.cuts(hidden.shape[0])
+    held = (everywhere >= share.first) & (everywhere < share.first + share.experts)
+    pairs = Fetched(torch.stack([held[:, begin:end].sum() for begin, end in cuts]))
+    keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (hidden, weights, *parameters))
+    step = _Step(share, cuts, everywhere, pairs, compute, parameters, keep)
+    output: Tensor = _Exchange.apply(step, hidden, weights, *parameters)
+    return output
+
+
+class Share(NamedTuple):
+    """This rank's share of a layer: `experts` experts from number `first` on; `group` has the others. Tokens go to and
+    fro in `pieces`."""
+
+    group: Any
+    first: int
+    experts: int
+    pieces: int
+
+    @property
+    def ranks(self) -> int:
+        """Ranks of the group."""
+        return int(self.group.size())
+
+    def cuts(self, tokens: int) -> list[tuple[int, int]]:
+        """The pieces of so many tokens, as equal as they can be."""
+        count = max(1, min(self.pieces, tokens))
+        ends = [tokens * number // count for number in range(count + 1)]
+        return list(zip(ends[:-1], ends[1:], strict=True))
+
+
+class _Step(NamedTuple):
+    """What an exchange needs beside the tensors that autograd follows. `keep` is whether there will be a backward."""
+
+    share: Share
+    cuts: list[tuple[int, int]]
+    chosen: Tensor
+    pairs: Fetched
+    compute: Compute
+    parameters: Sequence[Tensor]
+    keep: bool
+
+
+class _Exchange(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, step: _Step, hidden: Tensor, weights: Tensor, *parameters: Tensor) -> Tensor:
+        share = step.share
+        arriving = [_gather(hidden[begin:end], share) for begin, end in step.cuts]
+        everyones, weighed = _gather(weights, share)
+        output = torch.empty_like(hidden)
+        pieces, leaving = [], []
+        # While the first piece travels, the numbers of pairs reach the host: waiting for them leaves no gap.
+        pairs = step.pairs.get().tolist()
+        for number, ((begin, end), (tokens, here)) in enumerate(zip(step.cuts, arriving, strict=True)):
+            here.wait()
+            if not number:
+                weighed.wait()
+            own = everyones[:, begin:end].flatten(0, 1)
+            chosen = step.chosen[:, begin:end].flatten(0, 1)
+            tokens = tokens.flatten(0, 1)
+            if step.keep:
+                tokens.requires_grad_(ctx.needs_input_grad[1])
+                own = own.detach().requires_grad_(ctx.needs_input_grad[2])
+            with torch.set_grad_enabled(step.keep):
+                added = step.compute(tokens, own, chosen, pairs[number])
+            leaving.append(_scatter(added.detach(), output[begin:end], share))
+            if step.keep:
+                pieces.append(_Piece(tokens, own, added))
+        for done in leaving:
+            done.wait()
+        ctx.step, ctx.pieces = step, pieces
+        ctx.shape = weights.shape
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        step, share = ctx.step, ctx.step.share
+        of_hidden = torch.empty_like(gradient) if ctx.needs_input_grad[1] else None
+        of_weights = None
+        of_parameters: list[Tensor | None] = [None] * len(step.parameters)
+        arriving = [_gather(gradient[begin:end], share) for begin, end in step.cuts]
+        leaving = []
+        for (begin, end), (added, here) in zip(step.cuts, arriving, strict=True):
+            tokens, own, sums = ctx.pieces.pop(0)  # their memory is free as soon as this piece is done
+            here.wait()
+            of_tokens, of_own, *parts = _gradients(sums, (tokens, own, *step.parameters), added.flatten(0, 1))
+            if of_hidden is not None:
+                leaving.append(_scatter(of_tokens, of_hidden[begin:end], share))
+            if ctx.needs_input_grad[2]:
+                own_of_all = of_own.unflatten(0, (share.ranks, -1))
+                if of_weights is None:
+                    of_weights = own_of_all.new_empty((share.ranks, *ctx.shape))
+                of_weights[:, begin:end] = own_of_all
+            of_parameters = [_sum(*pair) for pair in zip(of_parameters, parts, strict=True)]
+        if of_weights is not None:
+            summed = of_weights.new_empty(ctx.shape)
+            leaving.append(_scatter(of_weights.flatten(0, 1), summed, share))
+            of_weights = summed
+        for done in leaving:
+            done.wait()
+        return None, of_hidden, of_weights, *of_parameters
+
+
+def _gradients(output: Tensor, inputs: Sequence[Tensor], gradient: Tensor) -> list[Any]:
+    """Of each input its gradient, None where it needs none, or an op has brought that to its buffer itself."""
+    wanted = [tensor for tensor in inputs if tensor.requires_grad]
+    found = iter(torch.autograd.grad(output, wanted, gradient, allow_unused=True))
+    return [next(found) if tensor.requires_grad else None for tensor in inputs]
+
+
+def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    return other if one is None else one if other is None else one + other
+
+
+def _gather(mine: Tensor, share: Share) -> tuple[Tensor, Any]:
+    """[m,...] -> that of all ranks, [r,m,...], once the second value was waited for."""
+    everyones = mine.new_empty((share.ranks, *mine.shape))
+    rows = everyones.flatten(0, 1)
+    return everyones, dist.all_gather_into_tensor(rows, mine.contiguous(), group=share.group, async_op=True)
+
+
+def _scatter(everyones: Tensor, mine: Tensor, share: Share) -> Any:
+    """The sum over ranks of [r*m,...], this rank's rows into `mine` [m,...], once what is returned was waited for."""
+    return dist.reduce_scatter_tensor(mine, everyones.contiguous(), group=share.group, async_op=True)
