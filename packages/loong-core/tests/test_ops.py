@@ -50,6 +50,27 @@ def test_a_named_one_is_taken_whatever_its_rank():
     assert chosen["rms_norm"] == OpChoice("rms_norm", "torch", "named in the recipe")
 
 
+RESIDUAL = "residual_rms_norm"
+BOTH = [impl("mine"), impl("mine", op=RESIDUAL)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "choices", "name"),
+    [
+        (BOTH, {}, "mine"),
+        (BOTH, {"rms_norm": "torch"}, "torch"),
+        (BOTH, {"rms_norm": "torch", RESIDUAL: "mine"}, "mine"),
+        ([impl("mine"), impl("other", op=RESIDUAL)], {"rms_norm": "mine"}, "other"),
+        ([*BOTH, impl("other", 9, RESIDUAL)], {"rms_norm": "mine"}, "mine"),
+        ([impl("mine"), impl("mine", op=RESIDUAL, backends=frozenset({"cuda"}))], {"rms_norm": "mine"}, "torch"),
+    ],
+)
+def test_who_names_a_norm_names_it_where_its_input_is_handed_through_too(rows, choices, name):
+    chosen = choose([*OPS, *rows], REQUEST, choices)[RESIDUAL]
+    assert chosen.name == name
+    assert ("as rms_norm" in chosen.reason) == (chosen.name == choices.get("rms_norm") and RESIDUAL not in choices)
+
+
 def test_needs_are_checked_against_known_capabilities():
     rows = [*OPS, impl("wants", needs=frozenset({"fp8"}))]
     assert choose(rows, REQUEST, {}, frozenset({"fp8", "bf16"}))["rms_norm"].name == "wants"

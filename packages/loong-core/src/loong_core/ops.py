@@ -28,7 +28,8 @@ class OpDeclaration:
     """One op: its signature with shapes, its reference, and how far an implementation may be from it.
 
     `tolerances` maps a torch dtype name to the largest allowed |difference| / max|reference|, for the result and for
-    every gradient, where the reference computes in float64 on the same (rounded) inputs.
+    every gradient, where the reference computes in float64 on the same (rounded) inputs. `base` is the op whose result
+    this one gives, its first argument beside it.
     """
 
     name: str
@@ -36,6 +37,7 @@ class OpDeclaration:
     reference: Ref
     tolerances: Mapping[str, float]
     summary: str
+    base: str | None = None
 
 
 DECLARATIONS: Mapping[str, OpDeclaration] = {
@@ -62,6 +64,7 @@ DECLARATIONS: Mapping[str, OpDeclaration] = {
                 reference=f"loong_core.references.{module}:residual_{name}",
                 tolerances={"float64": 1e-12, "float32": 1e-5, "bfloat16": 3e-2, "float16": 4e-3},
                 summary=f"As {name}, x handed through beside it: one backward adds the gradients of both.",
+                base=name,
             )
             for name, module in (("rms_norm", "norm"), ("layer_norm", "norm"), ("ada_rms_norm", "modulation"))
         ),
@@ -233,8 +236,7 @@ OPS: tuple[OpImpl, ...] = (
         rank=10,
     ),
 )
-"""The rows the core provides: a reference for every op, on every backend, and what Transformer Engine and torch's
-kernels bring."""
+"""The core's rows: a reference for every op, on every backend, and Transformer Engine's and torch's attention."""
 
 
 class OpChoice(NamedTuple):
@@ -289,8 +291,9 @@ def choose(
 ) -> dict[str, OpChoice]:
     """Choose an implementation for every declared op.
 
-    An op named in `choices` takes that implementation; the others take the one of the highest rank that can run.
-    `capabilities` are the backend's; without them an implementation's `needs` are left to its `supports`.
+    An op named in `choices` takes that implementation, and so does one that has it as its `base`, if it has one of that
+    name that can run; others take that of the highest rank that can run. `capabilities` are the backend's; without them
+    an implementation's `needs` are left to its `supports`.
 
     Raises `NotFound` for an unknown op or implementation, `Unsupported` where the named one (or, unnamed, none) can
     run, with the reasons, and `PluginError` where two of the same rank could.
@@ -307,20 +310,20 @@ def choose(
     chosen: dict[str, OpChoice] = {}
     for op, candidates in rows.items():
         refused = {row.name: reason for row in candidates if (reason := _refusal(row, request, capabilities))}
-        if op in choices:
-            if op_reason := refused.get(choices[op]):
-                problems.append(
-                    f"ops.{op} = {choices[op]}: cannot run here: {op_reason}.{_others(candidates, refused)}"
-                )
-            else:
-                chosen[op] = OpChoice(op, choices[op], "named in the recipe")
-            continue
         able = [row for row in candidates if row.name not in refused]
-        if not able:
+        follows = choices.get(DECLARATIONS[op].base or "")
+        if op in choices and choices[op] in refused:
+            reason = f"{refused[choices[op]]}.{_others(candidates, refused)}"
+            problems.append(f"ops.{op} = {choices[op]}: cannot run here: {reason}")
+        elif op in choices:
+            chosen[op] = OpChoice(op, choices[op], "named in the recipe")
+        elif follows in {row.name for row in able}:
+            chosen[op] = OpChoice(op, str(follows), f"as {DECLARATIONS[op].base}, which is named in the recipe")
+        elif able:
+            chosen[op] = _best(op, able, refused)
+        else:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items()) or "none is installed"
             problems.append(f"op {op}: no implementation can run on backend {request.backend} ({reasons}).")
-            continue
-        chosen[op] = _best(op, able, refused)
     if problems:
         raise Unsupported(*problems)
     return chosen
