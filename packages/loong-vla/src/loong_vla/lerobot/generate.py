@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from loong_vla.lerobot.layout import Dataset, Statistics, open_dataset
-from loong_vla.lerobot.statistics import aggregate, as_json, describe
+from loong_vla.lerobot.statistics import Levels, aggregate, as_json, describe
 
 TASKS = ("put the square into the corner", "push the square to the wall", "hold the square still")
 CAMERAS: Mapping[str, tuple[int, int]] = {"observation.images.front": (64, 64), "observation.images.wrist": (64, 64)}
@@ -262,10 +262,10 @@ def _write_tables(plan: _Plan, tables: Sequence[pa.Table]) -> None:
 def _statistics(plan: _Plan, episode: _Episode, pixels: Mapping[tuple[int, str], list[np.ndarray]]) -> Statistics:
     result = {name: describe(values) for name, values in _numbers(plan, episode).items()}
     for number, camera in enumerate(plan.cameras):
-        images = np.stack(pixels.get((episode.number, camera)) or list(_images(plan, episode, number)))
-        entry = describe(images.reshape(-1, 3))
-        result[camera] = {name: (values / 255.0).reshape(3, 1, 1) for name, values in entry.items() if name != "count"}
-        result[camera]["count"] = np.array([len(images)])
+        levels = Levels()
+        for image in pixels.get((episode.number, camera)) or _images(plan, episode, number):
+            levels.add(image)
+        result[camera] = levels.describe()
     return result
 
 

@@ -172,28 +172,46 @@ def _of_images(
 
 
 def _of_frames(reader: FrameReader, camera: str, episode: Episode) -> dict[str, np.ndarray]:
-    """Statistics of the sampled frames of an episode: pixels have 256 values, so counting them is enough."""
+    """Statistics of the sampled frames of an episode."""
     numbers = sampled_frames(episode.length)
-    histogram = np.zeros((3, 256), dtype=np.int64)
+    levels = Levels()
     for first in range(0, len(numbers), 32):
         for image in reader.frames(episode, camera, numbers[first : first + 32]):
             height, width = image.shape[:2]
             if max(height, width) >= 300:
                 step = (width if width > height else height) // 150
                 image = image[::step, ::step]
-            for channel in range(3):
-                histogram[channel] += np.bincount(image[..., channel].ravel(), minlength=256)
-    levels = np.arange(256, dtype=np.float64)
-    rows: dict[str, list[float]] = {name: [] for name in ("min", "max", "mean", "std", *quantile_names())}
-    for counts in histogram:
-        used = np.flatnonzero(counts)
-        cumulated = np.concatenate([[0], np.cumsum(counts[used])])
-        mean = float(counts @ levels / counts.sum())
-        spread = float(np.sqrt(counts @ (levels - mean) ** 2 / counts.sum()))
-        quantiles = _quantiles(used.astype(np.float32), cumulated).tolist()
-        for name, value in zip(rows, (used[0], used[-1], mean, spread, *quantiles), strict=True):
-            rows[name].append(float(value) / 255.0)
-    return {**{name: np.array(row).reshape(3, 1, 1) for name, row in rows.items()}, "count": np.array([len(numbers)])}
+            levels.add(image)
+    return levels.describe()
+
+
+class Levels:
+    """Statistics of images: pixels have 256 values, so counting them is enough."""
+
+    def __init__(self) -> None:
+        self._counts = np.zeros((3, 256), dtype=np.int64)
+        self._images = 0
+
+    def add(self, image: np.ndarray) -> None:
+        """One more, uint8 [height, width, 3]."""
+        for channel in range(3):
+            self._counts[channel] += np.bincount(image[..., channel].ravel(), minlength=256)
+        self._images += 1
+
+    def describe(self) -> dict[str, np.ndarray]:
+        """Those of `describe`, [3, 1, 1], with pixels in [0, 1]; `count` is the number of images."""
+        levels = np.arange(256, dtype=np.float64)
+        rows: dict[str, list[float]] = {name: [] for name in ("min", "max", "mean", "std", *quantile_names())}
+        for counts in self._counts:
+            used = np.flatnonzero(counts)
+            cumulated = np.concatenate([[0], np.cumsum(counts[used])])
+            mean = float(counts @ levels / counts.sum())
+            spread = float(np.sqrt(counts @ (levels - mean) ** 2 / counts.sum()))
+            quantiles = _quantiles(used.astype(np.float32), cumulated).tolist()
+            for name, value in zip(rows, (used[0], used[-1], mean, spread, *quantiles), strict=True):
+                rows[name].append(float(value) / 255.0)
+        found = {name: np.array(row).reshape(3, 1, 1) for name, row in rows.items()}
+        return {**found, "count": np.array([self._images])}
 
 
 # ---------------------------------------------------------------------------------------------------- together
