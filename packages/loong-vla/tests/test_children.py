@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from loong_core.backends import cpu_device
 from loong_core.errors import DataError, RecipeError, RunError
 from loong_vla import children, shared
 from loong_vla.children import Children, division
@@ -220,6 +221,7 @@ def test_a_batch_that_does_not_fit_gets_a_larger_slot(memory: int) -> None:
 
 
 def test_what_cannot_be_pinned_is_copied(memory: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu_device.deactivate()  # a command that another test ran here leaves it on, and it pins nothing
     monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)
     pool = Pool(memory)
     for pins in (False, True):
