@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -61,12 +63,14 @@ def exchanged(pieces: int, frozen: tuple[str, ...] = (), again: bool = False) ->
     parts = {"hidden": hidden[mine], "weights": weights[mine], "up": up[held], "down": down[held]}
     inputs = {name: part.clone().requires_grad_(name not in frozen) for name, part in parts.items()}
     share = Share(dist.group.WORLD, rank * count, count, pieces)
-    seen = []
+    seen, kept = [], []
 
     def compute(tokens: Any, own: Any, choice: Any, pairs: int) -> Any:
         seen.append(pairs)
         assert pairs == ((choice >= share.first) & (choice < share.first + count)).sum()
-        return experts(tokens, inputs["up"], inputs["down"], own, choice, first=share.first, pairs=pairs)
+        found = experts(tokens, inputs["up"], inputs["down"], own, choice, first=share.first, pairs=pairs)
+        kept.append(weakref.ref(found))
+        return found
 
     def run(hidden: Any, weights: Any) -> Any:
         return exchange(hidden, weights, chosen[mine], [inputs["up"], inputs["down"]], share, compute)
@@ -75,6 +79,8 @@ def exchanged(pieces: int, frozen: tuple[str, ...] = (), again: bool = False) ->
         output = checkpoint(run, inputs["hidden"], inputs["weights"], use_reentrant=True)
     else:
         output = run(inputs["hidden"], inputs["weights"])
+    gc.collect()
+    assert not any(reference() is not None for reference in kept), "what was sent is kept"
     output.backward(gradient[mine])
     assert len(seen) == min(pieces, TOKENS) * (2 if again else 1)
     with torch.no_grad():

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from loong_core.parallel.fetch import Fetched
 
@@ -24,9 +25,11 @@ Compute = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 
 
 class _Piece(NamedTuple):
+    """Where backward begins and ends. `added` is an edge of the graph: the values are with their owners by then."""
+
     tokens: Tensor
     weights: Tensor
-    added: Tensor
+    added: GradientEdge
 
 
 def exchange(
@@ -103,7 +106,7 @@ class _Exchange(torch.autograd.Function):
                 added = step.compute(tokens, own, chosen, pairs[number])
             leaving.append(_scatter(added.detach(), output[begin:end], share))
             if step.keep:
-                pieces.append(_Piece(tokens, own, added))
+                pieces.append(_Piece(tokens, own, get_gradient_edge(added)))
         for done in leaving:
             done.wait()
         ctx.step, ctx.pieces = step, pieces
@@ -140,7 +143,7 @@ class _Exchange(torch.autograd.Function):
         return None, of_hidden, of_weights, *of_parameters
 
 
-def _gradients(output: Tensor, inputs: Sequence[Tensor], gradient: Tensor) -> list[Any]:
+def _gradients(output: GradientEdge, inputs: Sequence[Tensor], gradient: Tensor) -> list[Any]:
     """Of each input its gradient, None where it needs none, or an op has brought that to its buffer itself."""
     wanted = [tensor for tensor in inputs if tensor.requires_grad]
     found = iter(torch.autograd.grad(output, wanted, gradient, allow_unused=True))
