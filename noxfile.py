@@ -23,8 +23,6 @@ META = "loong-train"
 CONSTRAINTS = ("-c", "constraints/tested.txt", "-c", "constraints/dev.txt")
 TEST_PATHS = [*(f"packages/{package}/tests" for package in PACKAGES), "tests/contracts", "tests/e2e"]
 PROMPT = 'def read_lines(path):\n    """'
-# Tests of a file share what is costly to make, so they stay in one process.
-SPREAD = ("-n", str(min(8, os.cpu_count() or 1)), "--dist", "loadfile")
 CONTRACT_TOOLS = ("build", "hatchling", "import-linter", "ruff", "towncrier", "uv")
 # Tests mean the same on every machine: no GPU, one thread a process (ranks share the cores), no network for weights.
 CPU_ENVIRONMENT = {
@@ -40,14 +38,13 @@ def workspace(session: nox.Session, *tools: str) -> None:
     """Install every package editable, with the extras that tests use, beside `tools`."""
     extras = {"loong-core": "[data,megatron,testing]"}
     editable = [word for name in PACKAGES for word in ("-e", f"packages/{name}{extras.get(name, '')}")]
-    session.install(*CONSTRAINTS, *editable, "pytest-xdist", *tools)
+    session.install(*CONSTRAINTS, *editable, *tools)
 
 
 def pytest(session: nox.Session, paths: list[str], environment: dict[str, str]) -> None:
-    """Run pytest on the words after `--` if they name paths, on `paths` otherwise; on a CPU in several processes."""
+    """Run pytest on the words after `--` if they name paths, on `paths` otherwise."""
     named = [word for word in session.posargs if Path(word.split("::")[0]).exists()]
-    spread = SPREAD if environment and not named else ()
-    session.run("python", "-m", "pytest", *spread, *([] if named else paths), *session.posargs, env=environment)
+    session.run("python", "-m", "pytest", *([] if named else paths), *session.posargs, env=environment)
 
 
 @nox.session
