@@ -71,12 +71,14 @@ class Event:
     """Recorded while a graph is captured, waited for after its replays."""
 
     waits = 0
+    store: Any = None
 
     def __init__(self, external: bool) -> None:
         assert external  # others are recorded once, when the graph is captured
         self.recorded = False
 
     def record(self) -> None:
+        assert not Event.store._waiting, "a gradient comes to its buffer after the record"
         self.recorded = True
 
     def wait(self) -> None:
@@ -89,7 +91,7 @@ def with_graphs(engine: Any, most: int = 8, free: int = 10**6) -> Recorder:
 
     from loong_core.parallel.torch_graph import Graphs
 
-    recorder = Recorder(engine)
+    recorder, Event.store = Recorder(engine), engine._flat
     stand_ins = {"graph_pool_handle": lambda: None, "CUDAGraph": SimpleNamespace, "graph": recorder.graph}
     # Each look at the memory finds 100 bytes more of it without use.
     seen = itertools.count(0, 100)
