@@ -9,7 +9,7 @@ is logged once and the engine goes on without graphs.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -26,6 +26,7 @@ not micro-batches: all that a step's micro-batches have in common is captured in
 needs memory beside that of graphs."""
 
 Key = tuple[Any, ...]
+Events = AbstractContextManager[list[torch.cuda.Event]]
 
 
 class Captured(NamedTuple):
@@ -115,8 +116,9 @@ class Graphs:
         try:
             # Threads that load data may allocate pinned memory meanwhile.
             mode = "thread_local"
+            recorded: Events = nullcontext([]) if store is None else store.recorded()
             with (
-                nullcontext([]) if store is None else store.recorded() as events,
+                recorded as events,
                 torch.cuda.graph(graph, pool=self._pool, stream=self.stream, capture_error_mode=mode),
             ):
                 result = self._function(static)
