@@ -21,7 +21,8 @@ ROOT = Path(__file__).parent
 PACKAGES = sorted(path.parent.name for path in ROOT.glob("packages/*/pyproject.toml"))
 META = "loong-train"
 CONSTRAINTS = ("-c", "constraints/tested.txt", "-c", "constraints/dev.txt")
-TEST_PATHS = [*(f"packages/{package}/tests" for package in PACKAGES), "tests/contracts", "tests/e2e"]
+PACKAGE_TESTS = [f"packages/{package}/tests" for package in PACKAGES]
+COMMON_TESTS = ["tests/contracts", "tests/e2e"]
 PROMPT = 'def read_lines(path):\n    """'
 CONTRACT_TOOLS = ("build", "hatchling", "import-linter", "ruff", "towncrier", "uv")
 # Tests mean the same on every machine: no GPU, one thread a process (ranks share the cores), no network for weights.
@@ -43,8 +44,12 @@ def workspace(session: nox.Session, *tools: str) -> None:
 
 def pytest(session: nox.Session, paths: list[str], environment: dict[str, str]) -> None:
     """Run pytest on the words after `--` if they name paths, on `paths` otherwise."""
-    named = [word for word in session.posargs if Path(word.split("::")[0]).exists()]
-    session.run("python", "-m", "pytest", *([] if named else paths), *session.posargs, env=environment)
+    session.run("python", "-m", "pytest", *([] if _named(session) else paths), *session.posargs, env=environment)
+
+
+def _named(session: nox.Session) -> list[str]:
+    """Those of the words after `--` that name paths."""
+    return [word for word in session.posargs if Path(word.split("::")[0]).exists()]
 
 
 @nox.session
@@ -67,9 +72,13 @@ def _free_name(stem: str) -> str:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """Everything that needs no GPU, in one pytest run."""
+    """Everything that needs no GPU: the packages' own tests beside those of all together."""
     workspace(session, *CONTRACT_TOOLS)
-    pytest(session, TEST_PATHS, CPU_ENVIRONMENT)
+    if _named(session):
+        pytest(session, [], CPU_ENVIRONMENT)
+        return
+    words = [*session.posargs, "--", *PACKAGE_TESTS, "--", *COMMON_TESTS]
+    session.run("python", "tools/run_tests.py", *words, env=CPU_ENVIRONMENT)
 
 
 @nox.session
@@ -111,7 +120,7 @@ def gpu(session: nox.Session) -> None:
     """Tests marked `gpu`, on a machine with a CUDA device; the nvidia extra brings Transformer Engine."""
     workspace(session)
     session.install(*CONSTRAINTS, ".[nvidia]")
-    pytest(session, [*TEST_PATHS, "-m", "gpu"], {})
+    pytest(session, [*PACKAGE_TESTS, *COMMON_TESTS, "-m", "gpu"], {})
 
 
 @nox.session
