@@ -23,14 +23,14 @@ NOTHING_RAN = 5
 
 
 def split(words: list[str]) -> tuple[list[str], list[list[str]]]:
-    """What goes to every process, and the paths of each."""
+    """What goes to every process, and the paths of each; without any, one process has pytest's own."""
     groups: list[list[str]] = [[]]
     for word in words:
         if word == "--":
             groups.append([])
         else:
             groups[-1].append(word)
-    return groups[0], groups[1:]
+    return groups[0], groups[1:] or [[]]
 
 
 def run(words: list[str]) -> tuple[int, Counter[str]]:

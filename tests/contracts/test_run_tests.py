@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import run_tests
 
+# What the runner is tried on. The skip is one for it to count: nothing of loong is skipped by it.
 FILES = {
     "good": "def test_one(): pass\n\n\ndef test_two(): pass\n",
-    "skipping": "import pytest\n\n\n@pytest.mark.skip(reason='not here')\ndef test_three(): pass\n",
+    "skipping": "import pytest\n\n\n@pytest.mark.skip(reason='for the runner to count')\ndef test_three(): pass\n",
     "bad": "def test_four(): assert 1 == 2\n",
     "dying": "import os\n\n\ndef test_five(): os._exit(3)\n",
     "empty": "",

@@ -4,13 +4,34 @@ from __future__ import annotations
 
 import gc
 import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from loong_core.testing import tiny
 from loong_core.testing.ranks import run_ranks
 
 RANKS, TOKENS, CHOSEN, EXPERTS, WIDTH, FFN = 3, 7, 2, 6, 5, 4
+
+CONFIG: dict[str, Any] = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "vocab_size": 131,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    "tie_word_embeddings": False,
+}
 
 
 def drawn() -> tuple[Any, ...]:
@@ -169,3 +190,14 @@ def test_the_next_piece_travels_while_one_is_computed() -> None:
     forward = ["gather", "wait for gather", *["gather"] * 3]
     forward += ["wait for gather", "wait for gather", "scatter", "wait for gather", "scatter"]
     assert log[: len(forward)] == forward
+
+
+@pytest.mark.parametrize(("options", "pieces"), [({}, 1), ({"exchange_pieces": 3}, 3)])
+def test_layers_have_the_pieces_of_the_recipe(options: dict[str, Any], pieces: int, tmp_path: Path) -> None:
+    def work(rank: int) -> list[int]:
+        from loong_llm.moe import Mixture
+
+        _, engine = tiny.start(tiny.settings("qwen3_moe", CONFIG, parallel={"options": options}), tmp_path, False)
+        return [module.pieces for module in engine.modules[0].modules() if isinstance(module, Mixture)]
+
+    assert run_ranks(1, work) == [[pieces] * CONFIG["num_hidden_layers"]]

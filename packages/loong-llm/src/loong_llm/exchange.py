@@ -44,7 +44,7 @@ def exchange(
     held = (everywhere >= share.first) & (everywhere < share.first + share.experts)
     pairs = Fetched(torch.stack([held[:, begin:end].sum() for begin, end in cuts]))
     keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (hidden, weights, *parameters))
-    step = _Step(share, cuts, everywhere, pairs, compute, parameters, keep)
+    step = _Step(share, cuts, everywhere, pairs, compute, keep)
     output: Tensor = _Exchange.apply(step, hidden, weights, *parameters)
     return output
 
@@ -78,7 +78,6 @@ class _Step(NamedTuple):
     chosen: Tensor
     pairs: Fetched
     compute: Compute
-    parameters: Sequence[Tensor]
     keep: bool
 
 
@@ -109,7 +108,7 @@ class _Exchange(torch.autograd.Function):
                 pieces.append(_Piece(tokens, own, get_gradient_edge(added)))
         for done in leaving:
             done.wait()
-        ctx.step, ctx.pieces = step, pieces
+        ctx.step, ctx.pieces, ctx.parameters = step, pieces, parameters
         ctx.shape = weights.shape
         return output
 
@@ -119,13 +118,13 @@ class _Exchange(torch.autograd.Function):
         step, share = ctx.step, ctx.step.share
         of_hidden = torch.empty_like(gradient) if ctx.needs_input_grad[1] else None
         of_weights = None
-        of_parameters: list[Tensor | None] = [None] * len(step.parameters)
+        of_parameters: list[Tensor | None] = [None] * len(ctx.parameters)
         arriving = [_gather(gradient[begin:end], share) for begin, end in step.cuts]
         leaving = []
         for (begin, end), (added, here) in zip(step.cuts, arriving, strict=True):
             tokens, own, sums = ctx.pieces.pop(0)  # their memory is free as soon as this piece is done
             here.wait()
-            of_tokens, of_own, *parts = _gradients(sums, (tokens, own, *step.parameters), added.flatten(0, 1))
+            of_tokens, of_own, *parts = _gradients(sums, (tokens, own, *ctx.parameters), added.flatten(0, 1))
             if of_hidden is not None:
                 leaving.append(_scatter(of_tokens, of_hidden[begin:end], share))
             if ctx.needs_input_grad[2]:
