@@ -138,6 +138,19 @@ def test_of_cameras(tmp_path: Path) -> None:
             assert found[name]["mean"].shape == (3, 1, 1) and found[name]["count"].tolist() == [106]
 
 
+@pytest.mark.parametrize("version", ["v3.0", "v2.1"])
+def test_generated_datasets_bring_those_of_their_images(version: str, tmp_path: Path) -> None:
+    """Of what went into them: PNGs, which lose nothing, have the same."""
+    cameras = {"observation.images.top": (48, 64), "observation.images.odd": (33, 21)}
+    dataset = generate(tmp_path / "data", version, frames=[20, 7], cameras=cameras, images=True)
+    given = dataset.statistics
+    assert given is not None
+    for name, entry in compute(dataset, list(cameras)).items():
+        assert entry["max"].max() > 0.5
+        for key, values in given[name].items():
+            np.testing.assert_allclose(entry[key], values, rtol=1e-9, err_msg=f"{name} {key}")
+
+
 def test_sampled_frames() -> None:
     assert sampled_frames(7).tolist() == list(range(7))
     assert len(sampled_frames(300)) == 100 and len(sampled_frames(1000)) == 177
