@@ -128,7 +128,9 @@ def prepare(row: Row, options: argparse.Namespace, work: Path, folder: Path) -> 
     size = TINY_SIZES[row.family] if options.tiny else row.size
     config, backbone = _config(row, options)
     kind = "tiny" if options.tiny else "full"
-    dtype = "float32" if options.precision == "fp32" else "bfloat16"
+    # In bfloat16 every weight would begin in the middle of what rounds to it, and small updates would for long change
+    # nothing that loong computes with.
+    dtype = "float32" if options.precision == "fp32" or row.name == CURVES else "bfloat16"
     weights = {"folder": str(work / f"weights-{row.family}-{kind}-{dtype}"), "family": row.family, "config": config}
     weights |= {"dtype": dtype, "backbone": backbone}
     # No frame is needed twice: decoding must not profit from what it has seen.

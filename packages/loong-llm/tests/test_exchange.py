@@ -75,6 +75,7 @@ def exchanged(pieces: int, frozen: tuple[str, ...] = (), again: bool = False) ->
     import torch.distributed as dist
     from torch.utils.checkpoint import checkpoint
 
+    from loong_core.parallel import transport
     from loong_core.references.experts import experts
     from loong_llm.exchange import Share, exchange
 
@@ -83,12 +84,12 @@ def exchanged(pieces: int, frozen: tuple[str, ...] = (), again: bool = False) ->
     hidden, weights, chosen, up, down, gradient = drawn()
     parts = {"hidden": hidden[mine], "weights": weights[mine], "up": up[held], "down": down[held]}
     inputs = {name: part.clone().requires_grad_(name not in frozen) for name, part in parts.items()}
-    share = Share(dist.group.WORLD, rank * count, count, pieces)
+    share = Share(dist.group.WORLD, rank * count, count, pieces, transport.between(dist.group.WORLD, "auto"))
     seen, kept = [], []
 
-    def compute(tokens: Any, own: Any, choice: Any, pairs: int) -> Any:
-        seen.append(pairs)
-        assert pairs == ((choice >= share.first) & (choice < share.first + count)).sum()
+    def compute(tokens: Any, own: Any, choice: Any, pairs: Any) -> Any:
+        seen.append(pairs())
+        assert pairs() == ((choice >= share.first) & (choice < share.first + count)).sum()
         found = experts(tokens, inputs["up"], inputs["down"], own, choice, first=share.first, pairs=pairs)
         kept.append(weakref.ref(found))
         return found

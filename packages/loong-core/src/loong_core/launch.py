@@ -19,7 +19,7 @@ from types import FrameType
 from typing import Any
 
 from loong_core.startup import VARIABLE, Startup
-from loong_core.types import Backend, Cluster, ParallelPlanner
+from loong_core.types import Backend, Cluster, ParallelPlan
 
 WORKER = "loong_core.train.worker"
 ELASTIC = "loong_core.elastic"
@@ -33,7 +33,7 @@ def launch(
     backend: Backend,
     folder: Path,
     startup: Startup | None = None,
-    planner: ParallelPlanner | None = None,
+    plan: ParallelPlan | None = None,
 ) -> int:
     """Run the workers of one machine to their end.
 
@@ -46,7 +46,7 @@ def launch(
         backend: its `env` is given to the workers; a variable that the user set wins.
         folder: the run folder; workers leave `logs/exit-<rank>.json` there.
         startup: what was measured so far; workers go on with it.
-        planner: its `env` is given to the workers, over that of the backend.
+        plan: its `env` is given to the workers, over that of the backend.
 
     Returns:
         0, 1 (the run failed, or was stopped), or 2 (a worker found the input wrong).
@@ -55,7 +55,7 @@ def launch(
         stale.unlink(missing_ok=True)
     command = worker_command(recipe_path, cluster)
     single = cluster.world == 1
-    variables = worker_variables(cluster, backend, os.environ, planner)
+    variables = worker_variables(cluster, backend, os.environ, plan)
     variables[VARIABLE] = "" if startup is None else startup.dump()
     code = _supervise(command, variables, escalate=single)
     if sys.stdout.isatty():
@@ -91,9 +91,9 @@ def worker_command(recipe_path: Path, cluster: Cluster) -> list[str]:
 
 
 def worker_variables(
-    cluster: Cluster, backend: Backend, environ: Mapping[str, str], planner: ParallelPlanner | None = None
+    cluster: Cluster, backend: Backend, environ: Mapping[str, str], plan: ParallelPlan | None = None
 ) -> dict[str, str]:
-    """The environment of workers: the backend's, overruled by the planner's and the user's, and a fair share of cores
+    """The environment of workers: the backend's, overruled by the plan's and the user's, and a fair share of cores
     for each."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     defaults = {
@@ -101,7 +101,7 @@ def worker_variables(
         # `python -m` would put the working directory first on the path, where a file of the user's may hide a module.
         "PYTHONSAFEPATH": "1",
         **backend.env,
-        **({} if planner is None else planner.env),
+        **({} if plan is None else plan.env),
     }
     return {**defaults, **environ}
 

@@ -305,7 +305,8 @@ class Cluster:
 @dataclass(frozen=True, kw_only=True)
 class ParallelPlan:
     """A resolved parallel layout: no `auto` is left. `stages[i]` are the global layer indices of pipeline stage
-    `i % pp` in virtual chunk `i // pp`. Estimates are per rank, the largest of all ranks."""
+    `i % pp` in virtual chunk `i // pp`. Estimates are per rank, the largest of all ranks. `env` is what the layout asks
+    of the workers' environment: the launcher applies it over that of the backend; a variable the user set wins."""
 
     planner: str
     world: int
@@ -327,19 +328,18 @@ class ParallelPlan:
     flops_per_step: float = 0.0
     reasons: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
+    env: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelPlanner:
     """`plan(shape, recipe, cluster, precision) -> ParallelPlan` is pure and raises `RecipeError` with every problem;
-    `build(run) -> Engine` runs in a worker (see `loong_core.train.engine`). `env` is applied by the launcher over that
-    of the backend; a variable the user set wins."""
+    `build(run) -> Engine` runs in a worker (see `loong_core.train.engine`)."""
 
     name: str
     plan: Ref
     build: Ref
     options: Ref | None = None
-    env: Mapping[str, str] = field(default_factory=dict)
     summary: str = ""
 
 

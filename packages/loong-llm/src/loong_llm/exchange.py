@@ -10,18 +10,20 @@ Shape legend: t tokens of this rank, r ranks, k experts chosen for each token, n
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from loong_core.parallel.fetch import Fetched
+from loong_core.parallel.transport import Collectives, Transport
 
-Compute = Callable[[Tensor, Tensor, Tensor, int], Tensor]
-"""Tokens [m,n], weights [m,k], chosen experts [m,k] and how many of those are held here -> what they add, [m,n]."""
+Compute = Callable[[Tensor, Tensor, Tensor, Callable[[], int]], Tensor]
+"""Tokens [m,n], weights [m,k], chosen experts [m,k] and what tells how many of those are held here, for which the host
+waits -> what the experts held here add, [m,n]."""
 
 
 class _Piece(NamedTuple):
@@ -38,7 +40,7 @@ def exchange(
     """hidden [t,n] -> [t,n], the sum of what every rank's `compute` adds to a token. `weights` [t,k] are those of the
     experts chosen for it, `chosen` [t,k]; both of this rank's tokens, as `hidden`. `parameters` are what `compute`
     trains. All ranks have the same number of tokens."""
-    everywhere, here = _gather(chosen.int(), share)
+    everywhere, here = Collectives(share.group).gather(chosen.int())
     here.wait()
     cuts = share.cuts(hidden.shape[0])
     held = (everywhere >= share.first) & (everywhere < share.first + share.experts)
@@ -51,12 +53,13 @@ def exchange(
 
 class Share(NamedTuple):
     """This rank's share of a layer: `experts` experts from number `first` on; `group` has the others. Tokens go to and
-    fro in `pieces`."""
+    fro in `pieces`, by `transport`; what is small by collectives."""
 
     group: Any
     first: int
     experts: int
     pieces: int
+    transport: Transport
 
     @property
     def ranks(self) -> int:
@@ -80,17 +83,19 @@ class _Step(NamedTuple):
     compute: Compute
     keep: bool
 
+    def pairs_of(self, piece: int) -> int:
+        """How many pairs of a piece's tokens and their experts are held here. The host waits."""
+        return int(self.pairs.get()[piece])
+
 
 class _Exchange(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, step: _Step, hidden: Tensor, weights: Tensor, *parameters: Tensor) -> Tensor:
         share = step.share
-        arriving = [_gather(hidden[begin:end], share) for begin, end in step.cuts]
-        everyones, weighed = _gather(weights, share)
+        everyones, weighed = Collectives(share.group).gather(weights)
+        arriving = [share.transport.gather(hidden[begin:end]) for begin, end in step.cuts]
         output = torch.empty_like(hidden)
         pieces, leaving = [], []
-        # While the first piece travels, the numbers of pairs reach the host: waiting for them leaves no gap.
-        pairs = step.pairs.get().tolist()
         for number, ((begin, end), (tokens, here)) in enumerate(zip(step.cuts, arriving, strict=True)):
             here.wait()
             if not number:
@@ -102,8 +107,8 @@ class _Exchange(torch.autograd.Function):
                 tokens.requires_grad_(ctx.needs_input_grad[1])
                 own = own.detach().requires_grad_(ctx.needs_input_grad[2])
             with torch.set_grad_enabled(step.keep):
-                added = step.compute(tokens, own, chosen, pairs[number])
-            leaving.append(_scatter(added.detach(), output[begin:end], share))
+                added = step.compute(tokens, own, chosen, partial(step.pairs_of, number))
+            leaving.append(share.transport.scatter(added.detach(), output[begin:end]))
             if step.keep:
                 pieces.append(_Piece(tokens, own, get_gradient_edge(added)))
         for done in leaving:
@@ -119,14 +124,14 @@ class _Exchange(torch.autograd.Function):
         of_hidden = torch.empty_like(gradient) if ctx.needs_input_grad[1] else None
         of_weights = None
         of_parameters: list[Tensor | None] = [None] * len(ctx.parameters)
-        arriving = [_gather(gradient[begin:end], share) for begin, end in step.cuts]
+        arriving = [share.transport.gather(gradient[begin:end]) for begin, end in step.cuts]
         leaving = []
         for (begin, end), (added, here) in zip(step.cuts, arriving, strict=True):
             tokens, own, sums = ctx.pieces.pop(0)  # their memory is free as soon as this piece is done
             here.wait()
             of_tokens, of_own, *parts = _gradients(sums, (tokens, own, *ctx.parameters), added.flatten(0, 1))
             if of_hidden is not None:
-                leaving.append(_scatter(of_tokens, of_hidden[begin:end], share))
+                leaving.append(share.transport.scatter(of_tokens, of_hidden[begin:end]))
             if ctx.needs_input_grad[2]:
                 own_of_all = of_own.unflatten(0, (share.ranks, -1))
                 if of_weights is None:
@@ -135,7 +140,7 @@ class _Exchange(torch.autograd.Function):
             of_parameters = [_sum(*pair) for pair in zip(of_parameters, parts, strict=True)]
         if of_weights is not None:
             summed = of_weights.new_empty(ctx.shape)
-            leaving.append(_scatter(of_weights.flatten(0, 1), summed, share))
+            leaving.append(Collectives(share.group).scatter(of_weights.flatten(0, 1), summed))
             of_weights = summed
         for done in leaving:
             done.wait()
@@ -152,14 +157,3 @@ def _gradients(output: GradientEdge, inputs: Sequence[Tensor], gradient: Tensor)
 def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
     return other if one is None else one if other is None else one + other
 
-
-def _gather(mine: Tensor, share: Share) -> tuple[Tensor, Any]:
-    """[m,...] -> that of all ranks, [r,m,...], once the second value was waited for."""
-    everyones = mine.new_empty((share.ranks, *mine.shape))
-    rows = everyones.flatten(0, 1)
-    return everyones, dist.all_gather_into_tensor(rows, mine.contiguous(), group=share.group, async_op=True)
-
-
-def _scatter(everyones: Tensor, mine: Tensor, share: Share) -> Any:
-    """The sum over ranks of [r*m,...], this rank's rows into `mine` [m,...], once what is returned was waited for."""
-    return dist.reduce_scatter_tensor(mine, everyones.contiguous(), group=share.group, async_op=True)

@@ -13,10 +13,12 @@ from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor, nn
 
+from loong_core.parallel import transport
 from loong_llm.exchange import Share, exchange
 
 if TYPE_CHECKING:
     from loong_core.ops import Ops
+    from loong_core.references.experts import Pairs
     from loong_core.references.routing import Routing
 
 
@@ -47,7 +49,7 @@ class Experts(nn.Module):
         chosen: Tensor | None = None,
         *,
         first: int = 0,
-        pairs: int | None = None,
+        pairs: Pairs = None,
     ) -> tuple[Tensor, None]:
         """hidden [t,n] through the experts `chosen` [t,k] with `weights` [t,k] -> ([t,n], no bias); see the op
         `experts`. Without `chosen` tokens are sorted by expert, as megatron-core's dispatcher leaves them:
@@ -65,14 +67,17 @@ class Mixture(MoELayer):
     """Router, exchange and experts of a layer.
 
     With the experts of a layer on few ranks (`gathers`), every rank takes the tokens of all of them and adds its own
-    experts' part; results are summed where the token lives (`exchange`, in `pieces`). A token with 8 experts on 4 ranks
+    experts' part; results are summed where the token lives (`exchange`, in `pieces`, `by` a transport). A token with 8 experts on 4 ranks
     visits nearly all of them, so it travels once instead of twice, messages have a fixed size, and nothing is permuted.
     Otherwise megatron-core's all-to-all dispatcher sends each (token, expert) pair.
     """
 
-    def __init__(self, config: Any, *args: Any, gathers: bool, pieces: int, **kwargs: Any) -> None:
+    def __init__(
+        self, config: Any, *args: Any, gathers: bool, by: transport.TransportName, pieces: int, **kwargs: Any
+    ) -> None:
         super().__init__(config, *args, **kwargs)
         self.gathers, self.pieces = gathers, pieces
+        self.transport = transport.between(self.ep_group, by) if gathers and self.ep_group.size() > 1 else None
         self.router.sparse = gathers
 
     def forward(
@@ -91,10 +96,11 @@ class Mixture(MoELayer):
 
     def _exchanged(self, hidden: Tensor, routing: Routing) -> Tensor:
         """hidden [t,n] -> [t,n] by the experts of all ranks."""
+        assert self.transport is not None
         count = self.num_local_experts
-        share = Share(self.ep_group, self.ep_group.rank() * count, count, self.pieces)
+        share = Share(self.ep_group, self.ep_group.rank() * count, count, self.pieces, self.transport)
 
-        def compute(tokens: Tensor, weights: Tensor, chosen: Tensor, pairs: int) -> Tensor:
+        def compute(tokens: Tensor, weights: Tensor, chosen: Tensor, pairs: Pairs) -> Tensor:
             output: Tensor = self.experts(tokens, None, weights, chosen, first=share.first, pairs=pairs)[0]
             return output
 

@@ -16,8 +16,9 @@ from torch.autograd.function import once_differentiable
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from loong_core.parallel.gradient_buffer import buffer_to_fill, mark_added
+from loong_core.references.experts import Pairs
 from loong_ops import experts_kernels as kernels
-from loong_ops.permutation import Permutation, sort_by_expert
+from loong_ops.permutation import Permutation, count_of, sort_by_expert
 from loong_ops.support import interpreted
 
 
@@ -89,7 +90,7 @@ def experts(
     chosen: Tensor,
     *,
     first: int = 0,
-    pairs: int | None = None,
+    pairs: Pairs = None,
     _config: Config | None = None,
 ) -> Tensor:
     """Every token through its experts, summed with its weights: hidden [t,n] -> [t,n] in hidden's dtype.
@@ -99,7 +100,7 @@ def experts(
     where they have one.
     Its backward can run once for a forward, because the gradient of gate_up takes gate_up's place.
     """
-    rows = chosen.numel() if pairs is None else pairs
+    rows = count_of(pairs, chosen)
     config = _config or config_of(hidden.dtype, rows, len(up), *down.shape[1:])
     out: Tensor = _Experts.apply(hidden, up, down, weights, chosen, first, rows, config)
     return out

@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from loong_core.references.experts import Pairs
+
 BLOCK = 128
 """Pairs of one program: ranks within a block are found by comparing all its pairs with each other."""
 
@@ -35,6 +37,13 @@ class Permutation(NamedTuple):
     heaviest: Tensor
     tiles: Tensor
     tile: int
+
+
+def count_of(pairs: Pairs, chosen: Tensor) -> int:
+    """The number of rows to make room for; the host may wait."""
+    if pairs is None:
+        return chosen.numel()
+    return pairs if isinstance(pairs, int) else pairs()
 
 
 def sort_by_expert(chosen: Tensor, experts: int, first: int, rows: int, tile: int) -> Permutation:

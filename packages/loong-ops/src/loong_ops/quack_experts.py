@@ -22,7 +22,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from loong_core.parallel import gradient_buffer
-from loong_ops.permutation import sort_by_expert
+from loong_core.references.experts import Pairs
+from loong_ops.permutation import count_of, sort_by_expert
 from loong_ops.quack_products import ALIGNMENT, Tile, config, fits, needs_bfloat16, plain, product
 from loong_ops.weight_gradient import weight_gradient
 
@@ -47,19 +48,18 @@ def experts(
     chosen: Tensor,
     *,
     first: int = 0,
-    pairs: int | None = None,
+    pairs: Pairs = None,
     _tiles: Mapping[str, Tile] | None = None,
 ) -> Tensor:
     """As `loong_core.references.experts.experts`, in bfloat16 on a Hopper card.
 
     hidden [t,n], up [e,2f,n], down [e,n,f], weights and chosen [t,k] -> [t,n]. Products sum in float32; `gate_up`, the
-    activation and every expert's result are rounded to bfloat16. The host waits for nothing. Sizes that are no multiple
-    of 8 are padded, which copies the weights. Raises `Unsupported` for other dtypes.
+    activation and every expert's result are rounded to bfloat16. The host waits for nothing but
+    `pairs`, once the rows are being sorted. Sizes that are no multiple of 8 are padded, which copies the weights. Raises `Unsupported` for other dtypes.
     """
     needs_bfloat16("experts", "triton", hidden=hidden, up=up, down=down)
-    rows = chosen.numel() if pairs is None else pairs
     keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (hidden, up, down, weights))
-    settings = (first, rows, keep, _tiles or TILES)
+    settings = (first, pairs, keep, _tiles or TILES)
     size, inner = down.shape[1:]
     if fits(size, inner):
         result: Tensor = _Experts.apply(hidden, up, down, weights, chosen, *settings)
@@ -80,6 +80,10 @@ class Rows(NamedTuple):
     position: Tensor
     offsets: Tensor
 
+    def only(self, rows: int) -> Rows:
+        """The same with room for so many rows; those behind are not used."""
+        return self._replace(token=self.token[:rows], weight=self.weight[:rows])
+
 
 class _Experts(torch.autograd.Function):
     @staticmethod
@@ -91,16 +95,19 @@ class _Experts(torch.autograd.Function):
         weights: Tensor,
         chosen: Tensor,
         first: int,
-        rows: int,
+        pairs: Pairs,
         keep: bool,
         tiles: Mapping[str, Tile],
     ) -> Tensor:
-        ctx.tiles, ctx.empty = tiles, hidden.numel() == 0 or rows == 0
-        if ctx.empty:
+        # Sorted before the host may have to wait for the number of rows: the device has work meanwhile.
+        sorted_rows = _sorted_rows(weights, chosen, len(up), first) if chosen.numel() else None
+        rows = count_of(pairs, chosen)
+        ctx.tiles, ctx.empty = tiles, sorted_rows is None or hidden.numel() == 0 or rows == 0
+        if sorted_rows is None or ctx.empty:
             ctx.save_for_backward(hidden, up, down, weights)
             return torch.zeros_like(hidden)
         hidden_rows = plain(hidden)
-        sorted_rows = _sorted_rows(weights, chosen, len(up), first, rows)
+        sorted_rows = sorted_rows.only(rows)
         gate_up, act = _gated(hidden_rows, plain(up), sorted_rows, keep, tiles["up"])
         result = hidden.new_empty(rows, hidden.shape[1])
         product(act, plain(down), result, tiles["down"], cu_seqlens_m=sorted_rows.offsets)
@@ -201,7 +208,9 @@ def _weight_gradient(
 
 
 # ------------------------------------------------------------------------------------------------- rows and tokens
-def _sorted_rows(weights: Tensor, chosen: Tensor, held: int, first: int, rows: int) -> Rows:
+def _sorted_rows(weights: Tensor, chosen: Tensor, held: int, first: int) -> Rows:
+    """Those of the experts held here, with room for all pairs."""
+    rows = chosen.numel()
     permutation = sort_by_expert(chosen, held, first, rows, 128)
     token = torch.empty(rows, dtype=torch.int32, device=chosen.device)
     weight = torch.empty(rows, dtype=torch.float32, device=chosen.device)

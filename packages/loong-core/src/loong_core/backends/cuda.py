@@ -10,9 +10,6 @@ from loong_core.errors import Unsupported
 from loong_core.types import Backend, Probe
 
 ENVIRONMENT = {
-    # One hardware queue keeps communication kernels in launch order, which tensor-parallel overlap relies on. The torch
-    # planner, which has none, asks for more.
-    "CUDA_DEVICE_MAX_CONNECTIONS": "1",
     # Device N is the same device in every tool that lists them.
     "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
     # Transformer Engine multiplies fp32 in TF32; `precision: fp32` means 32 bits.

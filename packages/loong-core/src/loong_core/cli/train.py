@@ -64,9 +64,8 @@ def _start(loaded: LoadedRecipe, registry: Registry, startup: Startup) -> int:
         if fresh:
             run_folder.discard(folder)
         return code
-    planner = registry.get("parallel_planners", prepared.plan.planner)
     path = folder / run_folder.RECIPE
-    return launch.launch(path, prepared.cluster, prepared.backend, folder, startup, planner)
+    return launch.launch(path, prepared.cluster, prepared.backend, folder, startup, prepared.plan)
 
 
 def _prepare_data(prepared: Prepared, recipe_path: Path) -> int:

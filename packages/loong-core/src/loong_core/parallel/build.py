@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from loong_core.ops import Ops
+    from loong_core.parallel.transport import TransportName
     from loong_core.train.engine import Batch, LocalParameter
     from loong_core.types import ParallelPlan, PrecisionPolicy
 
@@ -20,8 +21,8 @@ class BuildContext:
 
     `layers` satisfies megatron-core's `BackendSpecProvider`; `groups` is its `ProcessGroupCollection`; both are None
     under the torch engine. `chunks` holds, for every pipeline chunk of this rank in order, the global indices of its
-    layers. The chunk with `first[i]` owns the embedding, the one with `last[i]` the final norm and the head. `dispatch`
-    and `exchange_pieces` are how tokens reach experts on other ranks (`MegatronOptions`).
+    layers. The chunk with `first[i]` owns the embedding, the one with `last[i]` the final norm and the head. `dispatch`,
+    `exchange` and `exchange_pieces` are how tokens reach experts on other ranks (`MegatronOptions`).
     """
 
     plan: ParallelPlan
@@ -36,6 +37,7 @@ class BuildContext:
     dropout: float = 0.0
     deterministic: bool = False
     dispatch: str = "auto"
+    exchange: TransportName = "auto"
     exchange_pieces: int = 1
 
 

@@ -73,6 +73,7 @@ def build(run: Run) -> MegatronEngine:
         dropout=run.recipe.model.dropout,
         deterministic=run.recipe.run.deterministic,
         dispatch=options.dispatch,
+        exchange=options.exchange,
         exchange_pieces=options.exchange_pieces,
     )
     return MegatronEngine(run, groups, resolve(run.family.builder)(run.shape, context))

@@ -23,6 +23,9 @@ class MegatronOptions(Section):
     dispatch: Literal["auto", "gather", "alltoall"] = "auto"
     """How tokens reach experts on other ranks: gather (all ranks of the group see all tokens; the experts are not cut)
     or alltoall (each token is sent per expert). auto: gather in groups of up to 8 ranks where experts are not cut."""
+    exchange: Literal["auto", "collectives", "copies"] = "auto"
+    """With gather: what carries the tokens. collectives: NCCL's kernels, which take multiprocessors from what runs
+    beside them; copies: the copy engines of GPUs that see each other's memory. auto: copies where they can be."""
     exchange_pieces: PositiveInt = 1
     """With gather: the pieces in which tokens go to the experts and back. While one is computed another travels; more
     pieces are smaller products. What suits a machine is to be tried."""

@@ -37,9 +37,6 @@ PLANNERS: tuple[ParallelPlanner, ...] = (
         plan="loong_core.parallel.torch_plan:plan",
         build="loong_core.parallel.torch_engine:build",
         options="loong_core.parallel.torch_options:TorchOptions",
-        # CUDA's own number of hardware queues: what runs on a stream beside another does not wait for it. NCCL goes
-        # before all else, or ranks would wait for each other behind a graph that leaves no room.
-        env={"CUDA_DEVICE_MAX_CONNECTIONS": "8", "TORCH_NCCL_HIGH_PRIORITY": "1"},
         summary="Data parallelism in plain torch: whole models, or sharded (ZeRO-1, FSDP2, HSDP).",
     ),
 )
@@ -192,6 +189,9 @@ def _finish(shape: ModelShape, recipe: Recipe, cluster: Cluster, inventory: Inve
         flops_per_step=shape.train_flops(data.global_batch * data.seq_len, data.seq_len),
         reasons=tuple(_reasons(shape, recipe, cluster, inventory, chosen)),
         options=dict(recipe.parallel.options),
+        # One hardware queue keeps communication kernels in launch order, which megatron-core's tensor parallelism
+        # relies on. Without it what runs on a stream beside another is not to wait for that one.
+        env={"CUDA_DEVICE_MAX_CONNECTIONS": "1"} if degrees.tp > 1 else {},
     )
 
 

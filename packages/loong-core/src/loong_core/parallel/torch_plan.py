@@ -69,6 +69,8 @@ def plan(shape: ModelShape, recipe: Recipe, cluster: Cluster, precision: Precisi
             "shard": chosen.shard,
             "shard_size": _size(chosen.shard, options, cluster),
         },
+        # NCCL goes before all else, or ranks would wait for each other behind a CUDA graph that leaves no room.
+        env={"TORCH_NCCL_HIGH_PRIORITY": "1"},
     )
 
 

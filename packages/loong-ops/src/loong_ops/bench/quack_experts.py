@@ -133,7 +133,7 @@ def product(case: Case, kind: str, tile: Tile) -> Thunk:
     """One product on inputs of its own."""
     _check()
     hidden, up, down, weights, chosen = inputs(case)
-    sorted_rows = quack_experts._sorted_rows(weights, chosen, EXPERTS, 0, case.pairs)
+    sorted_rows = quack_experts._sorted_rows(weights, chosen, EXPERTS, 0)
     offsets = sorted_rows.offsets
     if kind == "up":
         return lambda: quack_experts._gated(hidden, up, sorted_rows, True, tile)

@@ -1,0 +1,88 @@
+"""How large tensors travel among the ranks of a group beside computing: by NCCL's kernels, or by copy engines.
+
+A collective's kernels take streaming multiprocessors (SMs) from the products that run beside them; a product whose
+programs were meant to fill the device all at once then takes up to twice its time. Copy engines take none
+(`peer_copies`).
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+from typing import Any, Literal, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from loong_core.errors import Unsupported
+
+TransportName = Literal["auto", "collectives", "copies"]
+
+log = logging.getLogger(__name__)
+
+
+class Handle(Protocol):
+    """Something under way."""
+
+    def wait(self) -> Any:
+        """The current stream goes on when it is there; the host does not wait on a GPU."""
+
+
+class Transport(Protocol):
+    """Both calls are collective, in one order on all ranks, with one size. Every tensor that is passed in must stay as
+    it is until the handle was waited for."""
+
+    def gather(self, mine: Tensor) -> tuple[Tensor, Handle]:
+        """mine [m,...] -> that of all ranks, [r,m,...], once the handle was waited for."""
+
+    def scatter(self, everyones: Tensor, mine: Tensor) -> Handle:
+        """The sum over ranks of their everyones [r*m,...], this rank's rows of it into `mine` [m,...]."""
+
+
+class Collectives:
+    """By the group's own backend: NCCL, or gloo."""
+
+    def __init__(self, group: Any) -> None:
+        self._group = group
+
+    def gather(self, mine: Tensor) -> tuple[Tensor, Handle]:
+        """See `Transport`."""
+        everyones = mine.new_empty((self._group.size(), *mine.shape))
+        rows = everyones.flatten(0, 1)
+        return everyones, dist.all_gather_into_tensor(rows, mine.contiguous(), group=self._group, async_op=True)
+
+    def scatter(self, everyones: Tensor, mine: Tensor) -> Handle:
+        """See `Transport`."""
+        return dist.reduce_scatter_tensor(mine, everyones.contiguous(), group=self._group, async_op=True)
+
+
+@cache
+def between(group: Any, name: TransportName) -> Transport:
+    """The transport of a group, one for all who ask. Collective.
+
+    `auto` takes copies where all ranks of the group can read each other's GPU memory, and says once why not. Raises
+    `Unsupported` where copies were asked for and cannot be.
+    """
+    if name == "collectives" or torch.device(_device_of(group)).type != "cuda":
+        return _refused(group, name, "the group is not one of CUDA devices")
+    from loong_core.parallel import peer_copies
+
+    if reason := peer_copies.unavailable(group):
+        return _refused(group, name, reason)
+    log.info("tokens travel to experts of other ranks by copy engines")
+    return peer_copies.PeerCopies(group)
+
+
+def _refused(group: Any, name: TransportName, reason: str) -> Collectives:
+    if name == "copies":
+        raise Unsupported(
+            f"parallel.options.exchange: copies is not possible here: {reason}. Use auto or collectives."
+        )
+    if name == "auto" and dist.get_backend(group) == "nccl":
+        log.info("tokens travel to experts of other ranks by collectives: %s", reason)
+    return Collectives(group)
+
+
+def _device_of(group: Any) -> str:
+    return "cuda" if dist.get_backend(group) == "nccl" else "cpu"

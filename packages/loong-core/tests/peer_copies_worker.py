@@ -1,0 +1,62 @@
+"""One rank of test_peer_copies.py, under torch.distributed.run: copies beside collectives, with ranks held up."""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+
+import torch
+import torch.distributed as dist
+
+from loong_core.parallel import transport
+
+ROUNDS = 60
+
+
+def main() -> None:
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    torch.cuda.set_device(rank)
+    dist.init_process_group("nccl", device_id=torch.device("cuda", rank))
+    group = dist.group.WORLD
+    copies, collectives = transport.between(group, "copies"), transport.Collectives(group)
+    common, own = random.Random(3), random.Random(rank)
+    generator = torch.Generator(device="cuda").manual_seed(rank)
+    for number in range(ROUNDS):
+        # Sizes grow and shrink, so that slots are made anew in between; pieces are on their way at the same time.
+        dtype = common.choice([torch.bfloat16, torch.float32, torch.int32])
+        pieces, rows = common.randint(1, 4), common.choice([1, 7, 300, 5000])
+        columns = common.choice([1, 33, 512])
+        sent = [torch.randn(rows, columns, generator=generator, device="cuda").mul(100).to(dtype) for _ in range(pieces)]
+        arriving = [copies.gather(piece) for piece in sent]
+        _hold_up(own)
+        leaving, sums = [], []
+        for piece, (everyones, handle) in zip(sent, arriving, strict=True):
+            exact, there = collectives.gather(piece)
+            there.wait()
+            handle.wait()
+            assert torch.equal(everyones, exact), (number, rank)
+            if dtype != torch.int32:
+                sums.append((torch.empty_like(piece), exact.float().flatten(0, 1) * (rank + 1)))
+                leaving.append(copies.scatter(sums[-1][1].to(dtype), sums[-1][0]))
+                _hold_up(own)
+        for handle, (found, everyones) in zip(leaving, sums, strict=True):
+            handle.wait()
+            exact = torch.empty(rows, columns, device="cuda")
+            collectives.scatter(everyones.to(dtype).float(), exact).wait()
+            torch.testing.assert_close(found.float(), exact.to(dtype).float(), rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-3)
+    torch.cuda.synchronize()
+    print(f"rank {rank} of {ranks}: {ROUNDS} rounds equal")
+    dist.destroy_process_group()
+
+
+def _hold_up(own: random.Random) -> None:
+    """Some of the time this rank's device is busy, or its host, for up to 20 ms."""
+    if own.random() < 0.3:
+        torch.cuda._sleep(own.randint(1, 30_000_000))
+    if own.random() < 0.1:
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
