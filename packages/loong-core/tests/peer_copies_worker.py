@@ -27,7 +27,9 @@ def main() -> None:
         dtype = common.choice([torch.bfloat16, torch.float32, torch.int32])
         pieces, rows = common.randint(1, 4), common.choice([1, 7, 300, 5000])
         columns = common.choice([1, 33, 512])
-        sent = [torch.randn(rows, columns, generator=generator, device="cuda").mul(100).to(dtype) for _ in range(pieces)]
+        sent = [
+            torch.randn(rows, columns, generator=generator, device="cuda").mul(100).to(dtype) for _ in range(pieces)
+        ]
         arriving = [copies.gather(piece) for piece in sent]
         _hold_up(own)
         leaving, sums = [], []
@@ -44,7 +46,9 @@ def main() -> None:
             handle.wait()
             exact = torch.empty(rows, columns, device="cuda")
             collectives.scatter(everyones.to(dtype).float(), exact).wait()
-            torch.testing.assert_close(found.float(), exact.to(dtype).float(), rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-3)
+            torch.testing.assert_close(
+                found.float(), exact.to(dtype).float(), rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-3
+            )
     torch.cuda.synchronize()
     print(f"rank {rank} of {ranks}: {ROUNDS} rounds equal")
     dist.destroy_process_group()

@@ -86,3 +86,23 @@ def test_weights_without_a_buffer_of_their_own_have_none() -> None:
     assert gradient_buffer.buffer_to_fill(torch.nn.Parameter(torch.zeros(2)))[0] is None
     weight.requires_grad_(False)
     assert gradient_buffer.buffer_of(weight) is None
+
+
+def test_products_are_computed_at_once_or_when_asked_for() -> None:
+    first, second = weights_of(bucket([2, 2]))
+    done: list[str] = []
+    gradient_buffer.deliver(first, lambda: done.append("at once"))
+    assert done == ["at once"] and first.main_grad_delivered
+    with gradient_buffer.put_off() as products:
+        gradient_buffer.deliver(first, lambda: done.append("first"))
+        with gradient_buffer.put_off() as inner:
+            gradient_buffer.deliver(second, lambda: done.append("inner"))
+        gradient_buffer.deliver(second, lambda: done.append("second"))
+    assert done == ["at once"] and second.grad_added_to_main_grad
+    for product in [*products, *inner]:
+        product()
+    assert done == ["at once", "first", "second", "inner"]
+    with pytest.raises(ValueError), gradient_buffer.put_off():
+        raise ValueError
+    gradient_buffer.deliver(first, lambda: done.append("at once"))
+    assert done[-1] == "at once"

@@ -15,7 +15,7 @@ import pytest
 
 from loong_core import launch
 from loong_core.startup import Startup
-from loong_core.types import Backend, Cluster
+from loong_core.types import Backend, Cluster, ParallelPlan
 
 WORKER = """
 import json, os, signal, sys, time
@@ -137,6 +137,13 @@ def test_files_of_the_working_directory_hide_nothing(folder: Path, monkeypatch: 
     (trap / "json.py").write_text("raise SystemExit(5)")
     monkeypatch.chdir(trap)
     assert started(folder, 1) == 0
+
+
+def test_a_plan_overrules_the_backend_and_the_user_both() -> None:
+    env = {"FROM_BACKEND": "the plan's", "OMP_NUM_THREADS": "7"}
+    plan = ParallelPlan(planner="megatron", world=1, env=env)
+    found = launch.worker_variables(Cluster(), backend(FROM_BACKEND="theirs"), {"OMP_NUM_THREADS": "3"}, plan)
+    assert found["FROM_BACKEND"] == "the plan's" and found["OMP_NUM_THREADS"] == "3"
 
 
 def test_cores_are_shared(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -249,6 +249,22 @@ def test_recompute_auto_takes_the_first_that_fits() -> None:
     assert made(BIG, 8, recipe(recompute="selective"), memory=GIB).recompute == "selective"
 
 
+def test_selective_keeps_no_tokens_of_other_ranks() -> None:
+    def saved(dispatch: str) -> int:
+        none, selective = (
+            made(SPARSE, 2, recipe(ep=2, recompute=kind, options={"dispatch": dispatch})).memory["activations"]
+            for kind in ("none", "selective")
+        )
+        return none - selective
+
+    assert saved("gather") - saved("alltoall") == 2 * SPARSE.hidden * SPARSE.layers * 64 * 2
+
+
+def test_tensor_parallelism_asks_for_one_queue() -> None:
+    assert made(DENSE, 2, recipe(tp=2)).env == {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    assert made(DENSE, 2, recipe()).env == {}
+
+
 def test_frozen_parameters_need_no_optimizer() -> None:
     whole = made(DENSE, 1, recipe()).memory
     frozen = made(DENSE, 1, recipe(model={"freeze": ["*"]})).memory

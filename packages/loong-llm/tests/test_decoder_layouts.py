@@ -27,6 +27,7 @@ LAYOUTS = [
     ("qwen3", {"tp": 2, "etp": 2, "sp": True, "cp": 2}),
     ("balanced", {"dp": 2}),
     ("balanced", {"ep": 2, "dp": 2}),
+    ("balanced", {"ep": 2, "dp": 2, "recompute": "selective"}),
     ("balanced", {"cp": 2}),
     ("balanced", {"cp": 2, "recompute": "full"}),
     ("balanced", {"tp": 2, "sp": True}),

@@ -64,13 +64,14 @@ def alone() -> list[Any]:
 
     hidden, weights, chosen, up, down, gradient = drawn()
     inputs = [tensor.requires_grad_() for tensor in (hidden, weights, up, down)]
-    output = experts(hidden, up, down, weights, chosen)
+    output = experts(hidden**2, up, down, weights, chosen)
     output.backward(gradient)
     return [output.detach(), *(tensor.grad for tensor in inputs)]
 
 
-def exchanged(pieces: int, frozen: tuple[str, ...] = (), again: bool = False) -> list[Any]:
-    """The same of this rank's tokens and experts, by `exchange`; with `again` its forward pass is computed twice."""
+def exchanged(pieces: int, frozen: tuple[str, ...] = (), twice: bool = False, again: bool = False) -> list[Any]:
+    """The same of this rank's tokens and experts, by `exchange`: its forward pass computed `twice`, or the tokens
+    gathered `again`. Squares keep the tokens themselves for backward."""
     import torch
     import torch.distributed as dist
     from torch.utils.checkpoint import checkpoint
@@ -84,27 +85,31 @@ def exchanged(pieces: int, frozen: tuple[str, ...] = (), again: bool = False) ->
     hidden, weights, chosen, up, down, gradient = drawn()
     parts = {"hidden": hidden[mine], "weights": weights[mine], "up": up[held], "down": down[held]}
     inputs = {name: part.clone().requires_grad_(name not in frozen) for name, part in parts.items()}
-    share = Share(dist.group.WORLD, rank * count, count, pieces, transport.between(dist.group.WORLD, "auto"))
-    seen, kept = [], []
+    share = Share(dist.group.WORLD, rank * count, count, pieces, transport.between(dist.group.WORLD, "auto"), again)
+    seen, kept, gathered = [], [], []
 
     def compute(tokens: Any, own: Any, choice: Any, pairs: Any) -> Any:
         seen.append(pairs())
         assert pairs() == ((choice >= share.first) & (choice < share.first + count)).sum()
-        found = experts(tokens, inputs["up"], inputs["down"], own, choice, first=share.first, pairs=pairs)
+        squares = tokens**2
+        found = experts(squares, inputs["up"], inputs["down"], own, choice, first=share.first, pairs=pairs)
+        gathered.append(tokens.untyped_storage())
         kept.append(weakref.ref(found))
         return found
 
     def run(hidden: Any, weights: Any) -> Any:
         return exchange(hidden, weights, chosen[mine], [inputs["up"], inputs["down"]], share, compute)
 
-    if again:
+    if twice:
         output = checkpoint(run, inputs["hidden"], inputs["weights"], use_reentrant=True)
     else:
         output = run(inputs["hidden"], inputs["weights"])
     gc.collect()
     assert not any(reference() is not None for reference in kept), "what was sent is kept"
+    if not twice:
+        assert all((storage.nbytes() == 0) == again for storage in gathered)
     output.backward(gradient[mine])
-    assert len(seen) == min(pieces, TOKENS) * (2 if again else 1)
+    assert len(seen) == len(share.cuts(TOKENS)) * (2 if twice else 1)
     with torch.no_grad():
         torch.testing.assert_close(run(inputs["hidden"], inputs["weights"]), output.detach(), rtol=0, atol=0)
     return [output.detach(), *(tensor.grad for tensor in inputs.values())]
@@ -117,12 +122,12 @@ def expected(values: list[Any]) -> list[list[Any]]:
 
 
 @pytest.mark.parametrize("pieces", [1, 2, 3, 100])
-@pytest.mark.parametrize("again", [False, True])
-def test_experts_on_three_ranks_are_as_on_one(pieces: int, again: bool) -> None:
+@pytest.mark.parametrize("way", [{}, {"twice": True}, {"again": True}])
+def test_experts_on_three_ranks_are_as_on_one(pieces: int, way: dict[str, bool]) -> None:
     def work(rank: int) -> bool:
         import torch
 
-        for found, exact in zip(exchanged(pieces, again=again), expected(alone())[rank], strict=True):
+        for found, exact in zip(exchanged(pieces, **way), expected(alone())[rank], strict=True):
             torch.testing.assert_close(found, exact, rtol=1e-12, atol=1e-12)
         return True
 
@@ -193,12 +198,93 @@ def test_the_next_piece_travels_while_one_is_computed() -> None:
     assert log[: len(forward)] == forward
 
 
-@pytest.mark.parametrize(("options", "pieces"), [({}, 1), ({"exchange_pieces": 3}, 3)])
-def test_layers_have_the_pieces_of_the_recipe(options: dict[str, Any], pieces: int, tmp_path: Path) -> None:
-    def work(rank: int) -> list[int]:
+def test_weights_gradients_are_computed_while_tokens_gradients_travel() -> None:
+    """An op that writes them into buffers is asked to once the gradient of its tokens is on its way."""
+
+    def work(rank: int) -> list[str]:
+        import torch
+        import torch.distributed as dist
+        from torch import Tensor
+
+        from loong_core.parallel.gradient_buffer import buffer_to_fill, deliver
+        from loong_core.parallel.transport import Collectives
+        from loong_llm.exchange import Share, exchange
+
+        log: list[str] = []
+
+        class Noted(Collectives):
+            def scatter(self, everyones: Tensor, mine: Tensor) -> Any:
+                log.append("scatter")
+                return super().scatter(everyones, mine)
+
+        class Scaled(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, tokens: Tensor, scale: Tensor) -> Tensor:
+                ctx.save_for_backward(tokens, scale)
+                return tokens * scale
+
+            @staticmethod
+            def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+                tokens, scale = ctx.saved_tensors
+                buffer, _ = buffer_to_fill(scale)
+
+                def product() -> None:
+                    log.append("product")
+                    buffer.add_((gradient * tokens).sum(0))
+
+                deliver(scale, product)
+                return gradient * scale, None
+
+        generator = torch.Generator().manual_seed(rank)
+        hidden = torch.randn(TOKENS, WIDTH, generator=generator).requires_grad_()
+        scale = torch.arange(1.0, WIDTH + 1).requires_grad_()
+        scale.main_grad = torch.zeros(WIDTH)
+        weights, chosen = torch.ones(TOKENS, 1), torch.zeros(TOKENS, 1, dtype=torch.int64)
+        share = Share(dist.group.WORLD, rank, 1, 2, Noted(dist.group.WORLD))
+        exchange(
+            hidden, weights, chosen, [scale], share, lambda tokens, *_: Scaled.apply(tokens, scale)
+        ).sum().backward()
+        torch.testing.assert_close(hidden.grad, 2 * scale.detach().expand(TOKENS, WIDTH))
+        total = hidden.detach().sum(0)
+        dist.all_reduce(total)
+        torch.testing.assert_close(scale.main_grad, total)
+        return log
+
+    for log in run_ranks(2, work, init=True, megatron=False):
+        assert log == ["scatter", "scatter", "scatter", "product", "scatter", "product"]
+
+
+def test_the_first_and_the_last_piece_are_half_as_large() -> None:
+    from loong_llm.exchange import Share
+
+    def cuts(pieces: int, tokens: int) -> list[int]:
+        found = Share(None, 0, 1, pieces, None).cuts(tokens)
+        assert [begin for begin, _ in found] == [0, *(end for _, end in found[:-1])]
+        return [end - begin for begin, end in found]
+
+    assert cuts(1, 8) == [8]
+    assert cuts(2, 8) == [4, 4]
+    assert cuts(3, 8) == [2, 4, 2]
+    assert cuts(4, 32768) == [5461, 10923, 10922, 5462]
+    assert cuts(5, 3) == [1, 1, 1]
+    assert cuts(2, 1) == [1]
+    assert cuts(3, 0) == [0]
+
+
+@pytest.mark.parametrize(
+    ("parallel", "found"),
+    [
+        ({}, (1, False)),
+        ({"options": {"exchange_pieces": 3}}, (3, False)),
+        ({"recompute": "selective"}, (1, True)),
+    ],
+)
+def test_layers_exchange_as_the_recipe_says(parallel: dict[str, Any], found: tuple[int, bool], tmp_path: Path) -> None:
+    def work(rank: int) -> list[tuple[int, bool]]:
         from loong_llm.moe import Mixture
 
-        _, engine = tiny.start(tiny.settings("qwen3_moe", CONFIG, parallel={"options": options}), tmp_path, False)
-        return [module.pieces for module in engine.modules[0].modules() if isinstance(module, Mixture)]
+        _, engine = tiny.start(tiny.settings("qwen3_moe", CONFIG, parallel=parallel), tmp_path, False)
+        mixtures = [module for module in engine.modules[0].modules() if isinstance(module, Mixture)]
+        return [(mixture.pieces, mixture.again) for mixture in mixtures]
 
-    assert run_ranks(1, work) == [[pieces] * CONFIG["num_hidden_layers"]]
+    assert run_ranks(1, work) == [[list(found)] * CONFIG["num_hidden_layers"]]

@@ -106,3 +106,21 @@ def test_a_compiled_graph_keeps_the_gradient() -> None:
     compiled = torch.compile(linear, backend="aot_eager", fullgraph=True)
     compiled(x, weight, None).sum().backward()
     torch.testing.assert_close(weight.grad, x.sum(0).expand(4, 3))
+
+
+@pytest.mark.parametrize("empty", [False, True])
+def test_the_weights_gradient_can_be_put_off(empty: bool) -> None:
+    from loong_core.parallel.gradient_buffer import put_off
+
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(7, 16, generator=generator).requires_grad_()
+    weight = torch.nn.Parameter(torch.randn(24, 16, generator=generator))
+    weight.main_grad, weight.main_grad_empty = torch.full((24, 16), 3.0), empty  # type: ignore[attr-defined]
+    out = linear(x, weight)
+    with put_off() as products:
+        (of_x, nothing) = torch.autograd.grad(out.sum(), (x, weight), allow_unused=True)
+    torch.testing.assert_close(of_x, weight.detach().sum(0).expand(7, 16))
+    assert nothing is None and len(products) == 1 and bool((weight.main_grad == 3.0).all())  # type: ignore[attr-defined]
+    products[0]()
+    exact = x.detach().sum(0).expand(24, 16) + (0.0 if empty else 3.0)
+    torch.testing.assert_close(weight.main_grad, exact)  # type: ignore[attr-defined]

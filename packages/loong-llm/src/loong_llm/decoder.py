@@ -67,7 +67,12 @@ class Decoder(GPTModel):
         self._index = index
         balance = _balance(shape, context)
         gathered = gathers(context.dispatch, context.plan.ep, context.plan.etp)
-        exchange = {"gathers": gathered, "by": context.exchange, "pieces": context.exchange_pieces}
+        exchange = {
+            "gathers": gathered,
+            "by": context.exchange,
+            "pieces": context.exchange_pieces,
+            "again": context.plan.recompute == "selective",
+        }
         router = partial(BalancedRouter, ops=context.ops, balance=balance) if fields["experts"] else None
         super().__init__(
             config=config,

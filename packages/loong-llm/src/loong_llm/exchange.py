@@ -2,7 +2,8 @@
 
 A piece is gathered, goes through the experts held here, and what they add is summed where its tokens live; backward
 is the same the other way round. Autograd sees one step, because it would run the pieces one after the other: forward
-keeps a graph of each piece, backward walks through it as soon as the piece's gradients are here.
+keeps a graph of each piece, backward walks through it as soon as the piece's gradients are here. What it leaves of the
+weights' gradients is computed while the tokens' travel back.
 
 Shape legend: t tokens of this rank, r ranks, k experts chosen for each token, n hidden size.
 """
@@ -19,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from loong_core.parallel.fetch import Fetched
+from loong_core.parallel.gradient_buffer import put_off
 from loong_core.parallel.transport import Collectives, Transport
 
 Compute = Callable[[Tensor, Tensor, Tensor, Callable[[], int]], Tensor]
@@ -53,13 +55,15 @@ def exchange(
 
 class Share(NamedTuple):
     """This rank's share of a layer: `experts` experts from number `first` on; `group` has the others. Tokens go to and
-    fro in `pieces`, by `transport`; what is small by collectives."""
+    fro in `pieces`, by `transport`; what is small by collectives. Gathered `again` for backward, those of other ranks
+    are not kept."""
 
     group: Any
     first: int
     experts: int
     pieces: int
     transport: Transport
+    again: bool = False
 
     @property
     def ranks(self) -> int:
@@ -67,10 +71,11 @@ class Share(NamedTuple):
         return int(self.group.size())
 
     def cuts(self, tokens: int) -> list[tuple[int, int]]:
-        """The pieces of so many tokens, as equal as they can be."""
-        count = max(1, min(self.pieces, tokens))
-        ends = [tokens * number // count for number in range(count + 1)]
-        return list(zip(ends[:-1], ends[1:], strict=True))
+        """The pieces of so many tokens. The first and the last are half as large as those between: nothing is computed
+        while the first comes or the last leaves."""
+        parts = max(1, 2 * self.pieces - 2)
+        ends = [0, *(tokens * part // parts for part in range(1, parts, 2)), tokens]
+        return [(begin, end) for begin, end in zip(ends[:-1], ends[1:], strict=True) if begin < end] or [(0, tokens)]
 
 
 class _Step(NamedTuple):
@@ -111,10 +116,14 @@ class _Exchange(torch.autograd.Function):
             leaving.append(share.transport.scatter(added.detach(), output[begin:end]))
             if step.keep:
                 pieces.append(_Piece(tokens, own, get_gradient_edge(added)))
+                if share.again:
+                    tokens.untyped_storage().resize_(0)
         for done in leaving:
             done.wait()
         ctx.step, ctx.pieces, ctx.parameters = step, pieces, parameters
         ctx.shape = weights.shape
+        if share.again:
+            ctx.save_for_backward(hidden)
         return output
 
     @staticmethod
@@ -124,14 +133,23 @@ class _Exchange(torch.autograd.Function):
         of_hidden = torch.empty_like(gradient) if ctx.needs_input_grad[1] else None
         of_weights = None
         of_parameters: list[Tensor | None] = [None] * len(ctx.parameters)
-        arriving = [share.transport.gather(gradient[begin:end]) for begin, end in step.cuts]
+        arriving = []
+        for (begin, end), piece in zip(step.cuts, ctx.pieces, strict=True):
+            arriving.append(list(share.transport.gather(gradient[begin:end])))
+            if share.again:
+                (hidden,) = ctx.saved_tensors
+                arriving[-1].append(share.transport.gather(hidden[begin:end], _emptied(piece.tokens, share))[1])
         leaving = []
-        for (begin, end), (added, here) in zip(step.cuts, arriving, strict=True):
+        for (begin, end), (added, *here) in zip(step.cuts, arriving, strict=True):
             tokens, own, sums = ctx.pieces.pop(0)  # their memory is free as soon as this piece is done
-            here.wait()
-            of_tokens, of_own, *parts = _gradients(sums, (tokens, own, *ctx.parameters), added.flatten(0, 1))
+            for handle in here:
+                handle.wait()
+            with put_off() as products:
+                of_tokens, of_own, *parts = _gradients(sums, (tokens, own, *ctx.parameters), added.flatten(0, 1))
             if of_hidden is not None:
                 leaving.append(share.transport.scatter(of_tokens, of_hidden[begin:end]))
+            while products:
+                products.pop(0)()
             if ctx.needs_input_grad[2]:
                 own_of_all = of_own.unflatten(0, (share.ranks, -1))
                 if of_weights is None:
@@ -147,6 +165,14 @@ class _Exchange(torch.autograd.Function):
         return None, of_hidden, of_weights, *of_parameters
 
 
+def _emptied(tokens: Tensor, share: Share) -> Tensor:
+    """Room [r,m,n] for the same values in the storage of `tokens` [r*m,n], which was given up. Autograd does not count
+    what is written there as a change of `tokens`."""
+    storage = tokens.untyped_storage()
+    storage.resize_(tokens.nbytes)
+    return tokens.new_empty(0).set_(storage, 0, tokens.shape, tokens.stride()).unflatten(0, (share.ranks, -1))
+
+
 def _gradients(output: GradientEdge, inputs: Sequence[Tensor], gradient: Tensor) -> list[Any]:
     """Of each input its gradient, None where it needs none, or an op has brought that to its buffer itself."""
     wanted = [tensor for tensor in inputs if tensor.requires_grad]
@@ -156,4 +182,3 @@ def _gradients(output: GradientEdge, inputs: Sequence[Tensor], gradient: Tensor)
 
 def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
     return other if one is None else one if other is None else one + other
-

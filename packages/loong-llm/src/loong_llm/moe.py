@@ -67,16 +67,23 @@ class Mixture(MoELayer):
     """Router, exchange and experts of a layer.
 
     With the experts of a layer on few ranks (`gathers`), every rank takes the tokens of all of them and adds its own
-    experts' part; results are summed where the token lives (`exchange`, in `pieces`, `by` a transport). A token with 8 experts on 4 ranks
-    visits nearly all of them, so it travels once instead of twice, messages have a fixed size, and nothing is permuted.
-    Otherwise megatron-core's all-to-all dispatcher sends each (token, expert) pair.
+    experts' part; results are summed where the token lives (`exchange`, in `pieces`, `by` a transport). A token with 8
+    experts on 4 ranks visits nearly all of them, so it travels once instead of twice, messages have a fixed size, and
+    nothing is permuted. Otherwise megatron-core's all-to-all dispatcher sends each (token, expert) pair.
     """
 
     def __init__(
-        self, config: Any, *args: Any, gathers: bool, by: transport.TransportName, pieces: int, **kwargs: Any
+        self,
+        config: Any,
+        *args: Any,
+        gathers: bool,
+        by: transport.TransportName,
+        pieces: int,
+        again: bool,
+        **kwargs: Any,
     ) -> None:
         super().__init__(config, *args, **kwargs)
-        self.gathers, self.pieces = gathers, pieces
+        self.gathers, self.pieces, self.again = gathers, pieces, again
         self.transport = transport.between(self.ep_group, by) if gathers and self.ep_group.size() > 1 else None
         self.router.sparse = gathers
 
@@ -98,7 +105,7 @@ class Mixture(MoELayer):
         """hidden [t,n] -> [t,n] by the experts of all ranks."""
         assert self.transport is not None
         count = self.num_local_experts
-        share = Share(self.ep_group, self.ep_group.rank() * count, count, self.pieces, self.transport)
+        share = Share(self.ep_group, self.ep_group.rank() * count, count, self.pieces, self.transport, self.again)
 
         def compute(tokens: Tensor, weights: Tensor, chosen: Tensor, pairs: Pairs) -> Tensor:
             output: Tensor = self.experts(tokens, None, weights, chosen, first=share.first, pairs=pairs)[0]

@@ -54,8 +54,9 @@ def experts(
     """As `loong_core.references.experts.experts`, in bfloat16 on a Hopper card.
 
     hidden [t,n], up [e,2f,n], down [e,n,f], weights and chosen [t,k] -> [t,n]. Products sum in float32; `gate_up`, the
-    activation and every expert's result are rounded to bfloat16. The host waits for nothing but
-    `pairs`, once the rows are being sorted. Sizes that are no multiple of 8 are padded, which copies the weights. Raises `Unsupported` for other dtypes.
+    activation and every expert's result are rounded to bfloat16. The host waits for nothing but `pairs`, once the rows
+    are being sorted. Sizes that are no multiple of 8 are padded, which copies the weights. Raises `Unsupported` for
+    other dtypes.
     """
     needs_bfloat16("experts", "triton", hidden=hidden, up=up, down=down)
     keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (hidden, up, down, weights))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from loong_core.parallel.gradient_buffer import buffer_to_fill, mark_added
+from loong_core.parallel.gradient_buffer import buffer_to_fill, deliver, mark_added
 
 
 def delivered(weight: Tensor, gradient: Tensor) -> Tensor | None:
@@ -32,6 +33,11 @@ def weight_gradient(weight: Tensor, write: Callable[[Tensor, bool], None]) -> Te
         target = torch.empty_like(weight, memory_format=torch.contiguous_format)
         write(target, False)
         return target
+    deliver(weight, partial(_write, write, buffer, empty))
+    return None
+
+
+def _write(write: Callable[[Tensor, bool], None], buffer: Tensor, empty: bool) -> None:
     # A tensor map starts at a multiple of 16 bytes.
     if buffer.is_contiguous() and buffer.data_ptr() % 16 == 0:
         write(buffer, not empty)
@@ -39,5 +45,3 @@ def weight_gradient(weight: Tensor, write: Callable[[Tensor, bool], None]) -> Te
         target = torch.empty(buffer.shape, dtype=torch.float32, device=buffer.device)
         write(target, False)
         (buffer.copy_ if empty else buffer.add_)(target)
-    mark_added(weight)
-    return None

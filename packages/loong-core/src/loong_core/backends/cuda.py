@@ -109,6 +109,11 @@ def probe() -> Probe:
     return Probe(devices=number, memory=memory, device_name=name)
 
 
+def one_queue() -> bool:
+    """Whether all streams of this process share one hardware queue, so that what waits in one holds up the others."""
+    return os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == "1"
+
+
 def compute_capability() -> tuple[int, int] | None:
     """The lowest compute capability of the visible devices, as (9, 0); None where none tells. Never raises."""
     if probe().devices == 0:

@@ -8,11 +8,15 @@ own; what an op adds to it, it sums in float32 and rounds at the end.
 Zeroing a buffer at the start of a step, only to read the zeros back in the first addition, moves twelve bytes a weight
 for nothing. So a weight whose gradient came this way once is not zeroed again: its buffer is declared empty, and the
 first to deliver writes over it.
+
+Nobody waits for the gradient of a weight before the end of a step, but other ranks may wait for that of its inputs. So
+who knows of such a rank may have the products put off (`put_off`), send what is waited for, and call them then.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -50,6 +54,30 @@ def mark_added(weight: Any) -> None:
     weight.grad = _nothing(weight.dtype, weight.device).expand(weight.shape)
     weight.grad_added_to_main_grad = True
     weight.main_grad_delivered = True
+
+
+_later: list[Callable[[], None]] | None = None
+
+
+@contextmanager
+def put_off() -> Iterator[list[Callable[[], None]]]:
+    """Products of weights' gradients for buffers, asked for within, are not computed but listed: call them, in order,
+    before anybody reads the buffers."""
+    global _later
+    outside, _later = _later, []
+    try:
+        yield _later
+    finally:
+        _later = outside
+
+
+def deliver(weight: Any, product: Callable[[], None]) -> None:
+    """Have `product` bring the whole gradient of `weight` to its buffer, now, or as the list of `put_off` is called."""
+    if _later is None:
+        product()
+    else:
+        _later.append(torch.no_grad()(product))  # as inside of backward
+    mark_added(weight)
 
 
 @cache

@@ -12,7 +12,6 @@ All ranks of a group call the same exchanges in the same order, each of one size
 from __future__ import annotations
 
 import hashlib
-import os
 import platform
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -20,6 +19,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from loong_core.backends.cuda import one_queue
 
 SLOTS = 2
 """Exchanges of which the second does not wait until the first was taken."""
@@ -37,7 +38,7 @@ def unavailable(group: Any) -> str | None:
     )
     device = torch.cuda.current_device()
     own = 0 if _has_libraries() else 1
-    if own == 0 and os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == "1":
+    if own == 0 and one_queue():
         own = 2
     host = int.from_bytes(hashlib.sha256(_host().encode()).digest()[:7], "little")
     mine = torch.tensor([own, host, device], dtype=torch.int64, device="cuda")
@@ -90,17 +91,17 @@ class PeerCopies:
         self._slots: _Shared | None = None
         self._number = 0
 
-    def gather(self, mine: Tensor) -> tuple[Tensor, _Arrival]:
+    def gather(self, mine: Tensor, into: Tensor | None = None) -> tuple[Tensor, _Arrival]:
         """See `Transport`."""
         mine = mine.contiguous()
-        everyones = mine.new_empty((self._ranks, *mine.shape))
+        everyones = mine.new_empty((self._ranks, *mine.shape)) if into is None else into
         slots = self._room(mine)
         with self._beside(mine, everyones):
             self._offer(mine, slots)
-            everyones[self._rank].copy_(mine)
             for other, slot in self._taken(slots):
                 everyones[other].copy_(_as(slot, mine))
             done = self._stream.record_event()
+        everyones[self._rank].copy_(mine)  # by the current stream, which has to wait for the others' anyway
         return everyones, _Arrival(done, None, None)
 
     def scatter(self, everyones: Tensor, mine: Tensor) -> _Arrival:

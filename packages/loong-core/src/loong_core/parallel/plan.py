@@ -109,8 +109,8 @@ def _try(
     fused_loss = cluster.backend != "cpu" and recipe.ops.get("linear_cross_entropy") != "torch"
     tokens = data.micro_batch * data.seq_len
     fixed = shape, degrees, stages, counts, precision, tokens, micro_batches
-    exchanged = _exchanged(shape, recipe, degrees, inventory)
     for recompute in options:
+        exchanged = _exchanged(shape, recipe, degrees, inventory, recompute)
         memory = estimate(*fixed, recompute, fused_loss, exchanged)
         fits = memory["total"] <= budget
         if fits:
@@ -119,13 +119,17 @@ def _try(
     return _Trial(degrees, stages, per_rank, micro_batches, recompute, memory, fits)
 
 
-def _exchanged(shape: ModelShape, recipe: Recipe, degrees: Degrees, inventory: Inventory) -> float:
+def _exchanged(
+    shape: ModelShape, recipe: Recipe, degrees: Degrees, inventory: Inventory, recompute: Recompute
+) -> float:
     """Elements per token and layer that are kept of tokens which came from other ranks for their experts."""
     if degrees.ep * degrees.etp == 1:
         return 0.0
     dispatch = str(recipe.parallel.options.get("dispatch", "auto"))
-    # Gathered, everybody's tokens lie here; sent one by one, what a token's experts get and give.
-    copies = degrees.ep if gathers(dispatch, degrees.ep, degrees.etp) else 2 * shape.experts_per_token
+    if not gathers(dispatch, degrees.ep, degrees.etp):
+        copies = 2 * shape.experts_per_token  # what a token's experts get and give
+    else:
+        copies = 0 if recompute == "selective" else degrees.ep  # everybody's tokens, or gathered again
     return inventory.sparse_share * copies * shape.hidden
 
 

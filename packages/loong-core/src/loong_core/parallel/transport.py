@@ -33,8 +33,8 @@ class Transport(Protocol):
     """Both calls are collective, in one order on all ranks, with one size. Every tensor that is passed in must stay as
     it is until the handle was waited for."""
 
-    def gather(self, mine: Tensor) -> tuple[Tensor, Handle]:
-        """mine [m,...] -> that of all ranks, [r,m,...], once the handle was waited for."""
+    def gather(self, mine: Tensor, into: Tensor | None = None) -> tuple[Tensor, Handle]:
+        """mine [m,...] -> that of all ranks, [r,m,...], once the handle was waited for; in `into` if that is given."""
 
     def scatter(self, everyones: Tensor, mine: Tensor) -> Handle:
         """The sum over ranks of their everyones [r*m,...], this rank's rows of it into `mine` [m,...]."""
@@ -46,9 +46,9 @@ class Collectives:
     def __init__(self, group: Any) -> None:
         self._group = group
 
-    def gather(self, mine: Tensor) -> tuple[Tensor, Handle]:
+    def gather(self, mine: Tensor, into: Tensor | None = None) -> tuple[Tensor, Handle]:
         """See `Transport`."""
-        everyones = mine.new_empty((self._group.size(), *mine.shape))
+        everyones = mine.new_empty((self._group.size(), *mine.shape)) if into is None else into
         rows = everyones.flatten(0, 1)
         return everyones, dist.all_gather_into_tensor(rows, mine.contiguous(), group=self._group, async_op=True)
 
@@ -76,9 +76,7 @@ def between(group: Any, name: TransportName) -> Transport:
 
 def _refused(group: Any, name: TransportName, reason: str) -> Collectives:
     if name == "copies":
-        raise Unsupported(
-            f"parallel.options.exchange: copies is not possible here: {reason}. Use auto or collectives."
-        )
+        raise Unsupported(f"parallel.options.exchange: copies is not possible here: {reason}. Use auto or collectives.")
     if name == "auto" and dist.get_backend(group) == "nccl":
         log.info("tokens travel to experts of other ranks by collectives: %s", reason)
     return Collectives(group)
