@@ -85,7 +85,7 @@ def exchanged(pieces: int, frozen: tuple[str, ...] = (), twice: bool = False, ag
     hidden, weights, chosen, up, down, gradient = drawn()
     parts = {"hidden": hidden[mine], "weights": weights[mine], "up": up[held], "down": down[held]}
     inputs = {name: part.clone().requires_grad_(name not in frozen) for name, part in parts.items()}
-    share = Share(dist.group.WORLD, rank * count, count, pieces, transport.between(dist.group.WORLD, "auto"), again)
+    share = Share(dist.group.WORLD, count, pieces, transport.between(dist.group.WORLD, "auto"), again)
     seen, kept, gathered = [], [], []
 
     def compute(tokens: Any, own: Any, choice: Any, pairs: Any) -> Any:
@@ -240,7 +240,7 @@ def test_weights_gradients_are_computed_while_tokens_gradients_travel() -> None:
         scale = torch.arange(1.0, WIDTH + 1).requires_grad_()
         scale.main_grad = torch.zeros(WIDTH)
         weights, chosen = torch.ones(TOKENS, 1), torch.zeros(TOKENS, 1, dtype=torch.int64)
-        share = Share(dist.group.WORLD, rank, 1, 2, Noted(dist.group.WORLD))
+        share = Share(dist.group.WORLD, 1, 2, Noted(dist.group.WORLD))
         exchange(
             hidden, weights, chosen, [scale], share, lambda tokens, *_: Scaled.apply(tokens, scale)
         ).sum().backward()
@@ -258,7 +258,7 @@ def test_the_first_and_the_last_piece_are_half_as_large() -> None:
     from loong_llm.exchange import Share
 
     def cuts(pieces: int, tokens: int) -> list[int]:
-        found = Share(None, 0, 1, pieces, None).cuts(tokens)
+        found = Share(None, 1, pieces, None).cuts(tokens)
         assert [begin for begin, _ in found] == [0, *(end for _, end in found[:-1])]
         return [end - begin for begin, end in found]
 

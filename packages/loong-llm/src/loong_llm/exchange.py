@@ -44,22 +44,20 @@ def exchange(
     trains. All ranks have the same number of tokens."""
     everywhere, here = Collectives(share.group).gather(chosen.int())
     here.wait()
-    cuts = share.cuts(hidden.shape[0])
-    held = (everywhere >= share.first) & (everywhere < share.first + share.experts)
-    pairs = Fetched(torch.stack([held[:, begin:end].sum() for begin, end in cuts]))
+    held = everywhere.div(share.experts, rounding_mode="floor") == share.group.rank()
+    pairs = Fetched(held.sum((0, 2), dtype=torch.int32))
     keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (hidden, weights, *parameters))
-    step = _Step(share, cuts, everywhere, pairs, compute, keep)
+    step = _Step(share, share.cuts(len(hidden)), everywhere, pairs, compute, keep)
     output: Tensor = _Exchange.apply(step, hidden, weights, *parameters)
     return output
 
 
 class Share(NamedTuple):
-    """This rank's share of a layer: `experts` experts from number `first` on; `group` has the others. Tokens go to and
-    fro in `pieces`, by `transport`; what is small by collectives. Gathered `again` for backward, those of other ranks
-    are not kept."""
+    """This rank's share of a layer: `experts` experts; each rank of `group` has as many, in order. Tokens go to and fro
+    in `pieces`, by `transport`; what is small by collectives. Gathered `again` for backward, those of other ranks are
+    not kept."""
 
     group: Any
-    first: int
     experts: int
     pieces: int
     transport: Transport
@@ -70,6 +68,11 @@ class Share(NamedTuple):
         """Ranks of the group."""
         return int(self.group.size())
 
+    @property
+    def first(self) -> int:
+        """The first expert held here."""
+        return int(self.group.rank()) * self.experts
+
     def cuts(self, tokens: int) -> list[tuple[int, int]]:
         """The pieces of so many tokens. The first and the last are half as large as those between: nothing is computed
         while the first comes or the last leaves."""
@@ -79,7 +82,8 @@ class Share(NamedTuple):
 
 
 class _Step(NamedTuple):
-    """What an exchange needs beside the tensors that autograd follows. `keep` is whether there will be a backward."""
+    """What an exchange needs beside the tensors that autograd follows: `chosen` [r,t,k] are everyone's, `pairs` [t] how
+    many of them are held here at each place of a rank's tokens. `keep` is whether there will be a backward."""
 
     share: Share
     cuts: list[tuple[int, int]]
@@ -90,7 +94,8 @@ class _Step(NamedTuple):
 
     def pairs_of(self, piece: int) -> int:
         """How many pairs of a piece's tokens and their experts are held here. The host waits."""
-        return int(self.pairs.get()[piece])
+        begin, end = self.cuts[piece]
+        return int(self.pairs.get()[begin:end].sum())
 
 
 class _Exchange(torch.autograd.Function):

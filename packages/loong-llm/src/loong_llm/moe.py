@@ -104,8 +104,7 @@ class Mixture(MoELayer):
     def _exchanged(self, hidden: Tensor, routing: Routing) -> Tensor:
         """hidden [t,n] -> [t,n] by the experts of all ranks."""
         assert self.transport is not None
-        count = self.num_local_experts
-        share = Share(self.ep_group, self.ep_group.rank() * count, count, self.pieces, self.transport, self.again)
+        share = Share(self.ep_group, self.num_local_experts, self.pieces, self.transport, self.again)
 
         def compute(tokens: Tensor, weights: Tensor, chosen: Tensor, pairs: Pairs) -> Tensor:
             output: Tensor = self.experts(tokens, None, weights, chosen, first=share.first, pairs=pairs)[0]
