@@ -30,7 +30,8 @@ def main() -> None:
         sent = [
             torch.randn(rows, columns, generator=generator, device="cuda").mul(100).to(dtype) for _ in range(pieces)
         ]
-        arriving = [copies.gather(piece) for piece in sent]
+        rooms = [piece.new_empty((ranks, *piece.shape)) if own.random() < 0.5 else None for piece in sent]
+        arriving = [copies.gather(piece, room) for piece, room in zip(sent, rooms, strict=True)]
         _hold_up(own)
         leaving, sums = [], []
         for piece, (everyones, handle) in zip(sent, arriving, strict=True):

@@ -69,16 +69,18 @@ def alone() -> list[Any]:
     return [output.detach(), *(tensor.grad for tensor in inputs)]
 
 
-def exchanged(pieces: int, frozen: tuple[str, ...] = (), twice: bool = False, again: bool = False) -> list[Any]:
+def exchanged(
+    pieces: int, frozen: tuple[str, ...] = (), twice: bool = False, again: bool = False, early: bool = False
+) -> list[Any]:
     """The same of this rank's tokens and experts, by `exchange`: its forward pass computed `twice`, or the tokens
-    gathered `again`. Squares keep the tokens themselves for backward."""
+    gathered `again`, or sent `early`. Squares keep the tokens themselves for backward."""
     import torch
     import torch.distributed as dist
     from torch.utils.checkpoint import checkpoint
 
     from loong_core.parallel import transport
     from loong_core.references.experts import experts
-    from loong_llm.exchange import Share, exchange
+    from loong_llm.exchange import Share, exchange, start
 
     rank, count = dist.get_rank(), EXPERTS // RANKS
     mine, held = slice(rank * TOKENS, (rank + 1) * TOKENS), slice(rank * count, (rank + 1) * count)
@@ -98,7 +100,8 @@ def exchanged(pieces: int, frozen: tuple[str, ...] = (), twice: bool = False, ag
         return found
 
     def run(hidden: Any, weights: Any) -> Any:
-        return exchange(hidden, weights, chosen[mine], [inputs["up"], inputs["down"]], share, compute)
+        arriving = start(hidden, share) if early else None
+        return exchange(hidden, weights, chosen[mine], [inputs["up"], inputs["down"]], share, compute, arriving)
 
     if twice:
         output = checkpoint(run, inputs["hidden"], inputs["weights"], use_reentrant=True)
@@ -122,7 +125,7 @@ def expected(values: list[Any]) -> list[list[Any]]:
 
 
 @pytest.mark.parametrize("pieces", [1, 2, 3, 100])
-@pytest.mark.parametrize("way", [{}, {"twice": True}, {"again": True}])
+@pytest.mark.parametrize("way", [{}, {"twice": True}, {"again": True}, {"early": True}])
 def test_experts_on_three_ranks_are_as_on_one(pieces: int, way: dict[str, bool]) -> None:
     def work(rank: int) -> bool:
         import torch
@@ -269,6 +272,44 @@ def test_the_first_and_the_last_piece_are_half_as_large() -> None:
     assert cuts(5, 3) == [1, 1, 1]
     assert cuts(2, 1) == [1]
     assert cuts(3, 0) == [0]
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_tokens_leave_before_they_are_routed_where_that_holds_up_nothing(apart: bool, tmp_path: Path) -> None:
+    def work(rank: int) -> list[str]:
+        from unittest import mock
+
+        from loong_core.parallel.transport import Collectives
+        from loong_llm.moe import Mixture
+        from loong_llm.router import BalancedRouter
+
+        log: list[str] = []
+        gather, route = Collectives.gather, BalancedRouter.forward
+
+        def gathered(self: Any, mine: Any, into: Any = None) -> Any:
+            if mine.shape[1:] == (CONFIG["hidden_size"],):
+                log.append("tokens leave")
+            return gather(self, mine, into)
+
+        def routed(self: Any, *args: Any, **kwargs: Any) -> Any:
+            log.append("routed")
+            return route(self, *args, **kwargs)
+
+        settings = tiny.settings("qwen3_moe", CONFIG, parallel={"ep": 2})
+        _, engine = tiny.start(settings, tmp_path, False)
+        (mixture, *_) = (module for module in engine.modules[0].modules() if isinstance(module, Mixture))
+        import torch
+
+        with (
+            mock.patch.object(Collectives, "gather", gathered),
+            mock.patch.object(Collectives, "apart", apart),
+            mock.patch.object(BalancedRouter, "forward", routed),
+        ):
+            mixture(torch.randn(4, 1, CONFIG["hidden_size"]))
+        return log
+
+    for log in run_ranks(2, work):
+        assert log == (["tokens leave", "routed"] if apart else ["routed", "tokens leave"])
 
 
 @pytest.mark.parametrize(

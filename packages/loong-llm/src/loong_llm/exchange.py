@@ -21,7 +21,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from loong_core.parallel.fetch import Fetched
 from loong_core.parallel.gradient_buffer import put_off
-from loong_core.parallel.transport import Collectives, Transport
+from loong_core.parallel.transport import Collectives, Handle, Transport
 
 Compute = Callable[[Tensor, Tensor, Tensor, Callable[[], int]], Tensor]
 """Tokens [m,n], weights [m,k], chosen experts [m,k] and what tells how many of those are held here, for which the host
@@ -36,19 +36,34 @@ class _Piece(NamedTuple):
     added: GradientEdge
 
 
+Arriving = list[tuple[Tensor, Handle]]
+"""Pieces of everyone's tokens, [r,m,n] each, once their handle was waited for."""
+
+
+def start(hidden: Tensor, share: Share) -> Arriving:
+    """Send hidden [t,n] on its way, before it is known which experts are chosen for it."""
+    return [share.transport.gather(hidden.detach()[begin:end]) for begin, end in share.cuts(len(hidden))]
+
+
 def exchange(
-    hidden: Tensor, weights: Tensor, chosen: Tensor, parameters: Sequence[Tensor], share: Share, compute: Compute
+    hidden: Tensor,
+    weights: Tensor,
+    chosen: Tensor,
+    parameters: Sequence[Tensor],
+    share: Share,
+    compute: Compute,
+    arriving: Arriving | None = None,
 ) -> Tensor:
     """hidden [t,n] -> [t,n], the sum of what every rank's `compute` adds to a token. `weights` [t,k] are those of the
     experts chosen for it, `chosen` [t,k]; both of this rank's tokens, as `hidden`. `parameters` are what `compute`
-    trains. All ranks have the same number of tokens."""
+    trains. `arriving` is what `start` gave, where it was called. All ranks have the same number of tokens."""
     everywhere, here = Collectives(share.group).gather(chosen.int())
     here.wait()
     held = everywhere.div(share.experts, rounding_mode="floor") == share.group.rank()
     pairs = Fetched(held.sum((0, 2), dtype=torch.int32))
     keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (hidden, weights, *parameters))
     step = _Step(share, share.cuts(len(hidden)), everywhere, pairs, compute, keep)
-    output: Tensor = _Exchange.apply(step, hidden, weights, *parameters)
+    output: Tensor = _Exchange.apply(step, arriving, hidden, weights, *parameters)
     return output
 
 
@@ -100,10 +115,13 @@ class _Step(NamedTuple):
 
 class _Exchange(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, step: _Step, hidden: Tensor, weights: Tensor, *parameters: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, step: _Step, arriving: Arriving | None, hidden: Tensor, weights: Tensor, *parameters: Tensor
+    ) -> Tensor:
         share = step.share
         everyones, weighed = Collectives(share.group).gather(weights)
-        arriving = [share.transport.gather(hidden[begin:end]) for begin, end in step.cuts]
+        if arriving is None:
+            arriving = start(hidden, share)
         output = torch.empty_like(hidden)
         pieces, leaving = [], []
         for number, ((begin, end), (tokens, here)) in enumerate(zip(step.cuts, arriving, strict=True)):
@@ -114,8 +132,8 @@ class _Exchange(torch.autograd.Function):
             chosen = step.chosen[:, begin:end].flatten(0, 1)
             tokens = tokens.flatten(0, 1)
             if step.keep:
-                tokens.requires_grad_(ctx.needs_input_grad[1])
-                own = own.detach().requires_grad_(ctx.needs_input_grad[2])
+                tokens.requires_grad_(ctx.needs_input_grad[2])
+                own = own.detach().requires_grad_(ctx.needs_input_grad[3])
             with torch.set_grad_enabled(step.keep):
                 added = step.compute(tokens, own, chosen, partial(step.pairs_of, number))
             leaving.append(share.transport.scatter(added.detach(), output[begin:end]))
@@ -135,7 +153,7 @@ class _Exchange(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         step, share = ctx.step, ctx.step.share
-        of_hidden = torch.empty_like(gradient) if ctx.needs_input_grad[1] else None
+        of_hidden = torch.empty_like(gradient) if ctx.needs_input_grad[2] else None
         of_weights = None
         of_parameters: list[Tensor | None] = [None] * len(ctx.parameters)
         arriving = []
@@ -155,7 +173,7 @@ class _Exchange(torch.autograd.Function):
                 leaving.append(share.transport.scatter(of_tokens, of_hidden[begin:end]))
             while products:
                 products.pop(0)()
-            if ctx.needs_input_grad[2]:
+            if ctx.needs_input_grad[3]:
                 own_of_all = of_own.unflatten(0, (share.ranks, -1))
                 if of_weights is None:
                     of_weights = own_of_all.new_empty((share.ranks, *ctx.shape))
@@ -167,7 +185,7 @@ class _Exchange(torch.autograd.Function):
             of_weights = summed
         for done in leaving:
             done.wait()
-        return None, of_hidden, of_weights, *of_parameters
+        return None, None, of_hidden, of_weights, *of_parameters
 
 
 def _emptied(tokens: Tensor, share: Share) -> Tensor:

@@ -14,7 +14,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor, nn
 
 from loong_core.parallel import transport
-from loong_llm.exchange import Share, exchange
+from loong_llm.exchange import Share, exchange, start
 
 if TYPE_CHECKING:
     from loong_core.ops import Ops
@@ -94,20 +94,23 @@ class Mixture(MoELayer):
         if not self.gathers:
             return super().forward(hidden_states, intermediate_tensors, padding_mask)
         hidden = hidden_states.reshape(-1, hidden_states.shape[-1])
-        routing = self.router(hidden)
-        if self.ep_group.size() == 1:
+        if self.transport is None:
+            routing: Routing = self.router(hidden)
             output, _ = self.experts(hidden, None, routing.weights, routing.experts)
         else:
-            output = self._exchanged(hidden, routing)
+            output = self._exchanged(hidden, self.transport)
         return output.view(hidden_states.shape), None
 
-    def _exchanged(self, hidden: Tensor, routing: Routing) -> Tensor:
+    def _exchanged(self, hidden: Tensor, carrier: transport.Transport) -> Tensor:
         """hidden [t,n] -> [t,n] by the experts of all ranks."""
-        assert self.transport is not None
-        share = Share(self.ep_group, self.num_local_experts, self.pieces, self.transport, self.again)
+        share = Share(self.ep_group, self.num_local_experts, self.pieces, carrier, self.again)
+        # The router's own messages are short and waited for: they must not queue behind the tokens.
+        arriving = start(hidden, share) if carrier.apart else None
+        routing: Routing = self.router(hidden)
 
         def compute(tokens: Tensor, weights: Tensor, chosen: Tensor, pairs: Pairs) -> Tensor:
             output: Tensor = self.experts(tokens, None, weights, chosen, first=share.first, pairs=pairs)[0]
             return output
 
-        return exchange(hidden, routing.weights, routing.experts, list(self.experts.parameters()), share, compute)
+        trained = list(self.experts.parameters())
+        return exchange(hidden, routing.weights, routing.experts, trained, share, compute, arriving)

@@ -78,6 +78,8 @@ def _host() -> str:
 class PeerCopies:
     """See `loong_core.parallel.transport.Transport`. Sums are float32 for half precision, rounded once."""
 
+    apart = True
+
     def __init__(self, group: Any) -> None:
         """For the ranks of `group`, where nothing is `unavailable`. Collective."""
         self._group = group

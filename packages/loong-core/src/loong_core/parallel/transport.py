@@ -31,7 +31,10 @@ class Handle(Protocol):
 
 class Transport(Protocol):
     """Both calls are collective, in one order on all ranks, with one size. Every tensor that is passed in must stay as
-    it is until the handle was waited for."""
+    it is until the handle was waited for. `apart` is whether a collective of the same group, called later, may overtake
+    what was begun."""
+
+    apart: bool
 
     def gather(self, mine: Tensor, into: Tensor | None = None) -> tuple[Tensor, Handle]:
         """mine [m,...] -> that of all ranks, [r,m,...], once the handle was waited for; in `into` if that is given."""
@@ -42,6 +45,8 @@ class Transport(Protocol):
 
 class Collectives:
     """By the group's own backend: NCCL, or gloo."""
+
+    apart = False
 
     def __init__(self, group: Any) -> None:
         self._group = group
