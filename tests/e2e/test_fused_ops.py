@@ -26,6 +26,7 @@ FUSED = (
     "route",
     "experts",
     "sum_of_squares",
+    "sum_parts",
     "adamw",
 )
 PRODUCTS = ("linear", "gated_mlp")

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from loong_core.parallel import transport
+from loong_core.references.sum_parts import sum_parts
 
 ROUNDS = 60
 
@@ -19,7 +20,7 @@ def main() -> None:
     torch.cuda.set_device(rank)
     dist.init_process_group("nccl", device_id=torch.device("cuda", rank))
     group = dist.group.WORLD
-    copies, collectives = transport.between(group, "copies"), transport.Collectives(group)
+    copies, collectives = transport.between(group, "copies", sum_parts), transport.Collectives(group)
     common, own = random.Random(3), random.Random(rank)
     generator = torch.Generator(device="cuda").manual_seed(rank)
     for number in range(ROUNDS):

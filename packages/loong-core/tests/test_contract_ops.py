@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from loong_core.testing import DropoutContract, OpContract, SquaresContract
+from loong_core.testing import DropoutContract, OpContract, PartsContract, SquaresContract
 
 
 class TestRmsNorm(OpContract):
@@ -138,4 +138,8 @@ class TestLinearGeluWithRates(DropoutContract):
 
 
 class TestSumOfSquares(SquaresContract):
+    implementation = "torch"
+
+
+class TestSumParts(PartsContract):
     implementation = "torch"

@@ -14,9 +14,10 @@ def test_gloo_gathers_and_sums(name: str) -> None:
         import torch.distributed as dist
 
         from loong_core.parallel import transport
+        from loong_core.references.sum_parts import sum_parts
 
-        carrier = transport.between(dist.group.WORLD, name)
-        assert carrier is transport.between(dist.group.WORLD, name)
+        carrier = transport.between(dist.group.WORLD, name, sum_parts)
+        assert carrier is transport.between(dist.group.WORLD, name, sum_parts)
         mine = torch.arange(10.0).reshape(2, 5).t() + 100 * rank  # not contiguous
         everyones, handle = carrier.gather(mine)
         handle.wait()
@@ -36,9 +37,10 @@ def test_copies_that_cannot_be_are_refused() -> None:
 
         from loong_core.errors import Unsupported
         from loong_core.parallel import transport
+        from loong_core.references.sum_parts import sum_parts
 
         with pytest.raises(Unsupported) as refused:
-            transport.between(dist.group.WORLD, "copies")
+            transport.between(dist.group.WORLD, "copies", sum_parts)
         return str(refused.value)
 
     (text,) = run_ranks(1, work, init=True, megatron=False)

@@ -80,6 +80,7 @@ def exchanged(
 
     from loong_core.parallel import transport
     from loong_core.references.experts import experts
+    from loong_core.references.sum_parts import sum_parts
     from loong_llm.exchange import Share, exchange, start
 
     rank, count = dist.get_rank(), EXPERTS // RANKS
@@ -87,7 +88,7 @@ def exchanged(
     hidden, weights, chosen, up, down, gradient = drawn()
     parts = {"hidden": hidden[mine], "weights": weights[mine], "up": up[held], "down": down[held]}
     inputs = {name: part.clone().requires_grad_(name not in frozen) for name, part in parts.items()}
-    share = Share(dist.group.WORLD, count, pieces, transport.between(dist.group.WORLD, "auto"), again)
+    share = Share(dist.group.WORLD, count, pieces, transport.between(dist.group.WORLD, "auto", sum_parts), again)
     seen, kept, gathered = [], [], []
 
     def compute(tokens: Any, own: Any, choice: Any, pairs: Any) -> Any:

@@ -30,6 +30,7 @@ from loong_ops.rms_norm import residual_rms_norm, rms_norm
 from loong_ops.rotary_qkv import rotary_qkv
 from loong_ops.route import route
 from loong_ops.sum_of_squares import sum_of_squares
+from loong_ops.sum_parts import sum_parts
 from loong_ops.swiglu import swiglu
 
 BFLOAT16, FLOAT32 = torch.bfloat16, torch.float32
@@ -210,6 +211,10 @@ def squares(*sizes: int, dtype: torch.dtype, start: int = 0) -> None:
     sum_of_squares([torch.empty(start + size, dtype=dtype)[start:] for size in sizes], "cpu")
 
 
+def parts_summed(*shape: int, dtype: torch.dtype) -> None:
+    sum_parts(torch.empty(shape, dtype=dtype), torch.empty(shape[1:], dtype=dtype))
+
+
 Calls = dict[str, dict[str, Callable[[], None]]]
 
 
@@ -330,6 +335,10 @@ OPS: Calls = {
         "bfloat16": partial(squares, 1 << 20, dtype=BFLOAT16),
         "float32": partial(squares, 1 << 20, 1 << 16, dtype=FLOAT32),
         "odd": partial(squares, 1001, 7, dtype=BFLOAT16, start=3),
+    },
+    "sum_parts": {
+        "qwen3_30b": partial(parts_summed, 4, 16384, 2048, dtype=BFLOAT16),
+        "odd": partial(parts_summed, 3, 7, 13, dtype=FLOAT32),
     },
     "route": {
         "qwen3_30b": partial(routing, 16, 128, 8, FLOAT32, valid=True),

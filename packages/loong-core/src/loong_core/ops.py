@@ -203,6 +203,13 @@ DECLARATIONS: Mapping[str, OpDeclaration] = {
             summary="Of all elements of tensors on a device, as a norm of gradients needs it.",
         ),
         OpDeclaration(
+            name="sum_parts",
+            signature="sum_parts(parts[r,...], out[...]) -> None, into `out` and without gradients",
+            reference="loong_core.references.sum_parts:sum_parts",
+            tolerances={"float32": 1e-6, "bfloat16": 8e-3, "float16": 1e-3},
+            summary="Over what ranks have sent, rounded once.",
+        ),
+        OpDeclaration(
             name="adamw",
             signature=(
                 "adamw(parameter[n], gradient[n], exp_avg[n], exp_avg_sq[n], remainder[n] or None, *, lr, betas, eps, "
@@ -272,6 +279,7 @@ class Ops:
     gated_residual: Callable[[Tensor, Tensor, Tensor], Tensor]
     dropout_add: Callable[[Tensor, Tensor, float], Tensor]
     sum_of_squares: Callable[[Sequence[Tensor], str], Tensor]
+    sum_parts: Callable[[Tensor, Tensor], None]
     adamw: Callable[..., None]
 
     def __init__(self, functions: Mapping[str, Callable[..., Any]], choices: Mapping[str, OpChoice]) -> None:

@@ -122,7 +122,7 @@ class _Exchange(torch.autograd.Function):
         everyones, weighed = Collectives(share.group).gather(weights)
         if arriving is None:
             arriving = start(hidden, share)
-        output = torch.empty_like(hidden)
+        output = _room(hidden)
         pieces, leaving = [], []
         for number, ((begin, end), (tokens, here)) in enumerate(zip(step.cuts, arriving, strict=True)):
             here.wait()
@@ -153,7 +153,7 @@ class _Exchange(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         step, share = ctx.step, ctx.step.share
-        of_hidden = torch.empty_like(gradient) if ctx.needs_input_grad[2] else None
+        of_hidden = _room(gradient) if ctx.needs_input_grad[2] else None
         of_weights = None
         of_parameters: list[Tensor | None] = [None] * len(ctx.parameters)
         arriving = []
@@ -186,6 +186,11 @@ class _Exchange(torch.autograd.Function):
         for done in leaving:
             done.wait()
         return None, None, of_hidden, of_weights, *of_parameters
+
+
+def _room(tensor: Tensor) -> Tensor:
+    """For as much; messages want rows that follow each other."""
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
 def _emptied(tokens: Tensor, share: Share) -> Tensor:

@@ -84,7 +84,9 @@ class Mixture(MoELayer):
     ) -> None:
         super().__init__(config, *args, **kwargs)
         self.gathers, self.pieces, self.again = gathers, pieces, again
-        self.transport = transport.between(self.ep_group, by) if gathers and self.ep_group.size() > 1 else None
+        self.transport: transport.Transport | None = None
+        if gathers and self.ep_group.size() > 1:
+            self.transport = transport.between(self.ep_group, by, self.experts.ops.sum_parts)
         self.router.sparse = gathers
 
     def forward(

@@ -88,6 +88,7 @@ TRITON: dict[str, str] = {
     "gated_residual": "gated_residual",
     "dropout_add": "dropout",
     "sum_of_squares": "sum_of_squares",
+    "sum_parts": "sum_parts",
     "route": "route",
 }
 """Op -> the module of its Triton implementation; the function is named after the op."""

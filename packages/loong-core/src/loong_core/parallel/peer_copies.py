@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -80,9 +81,9 @@ class PeerCopies:
 
     apart = True
 
-    def __init__(self, group: Any) -> None:
-        """For the ranks of `group`, where nothing is `unavailable`. Collective."""
-        self._group = group
+    def __init__(self, group: Any, sum_parts: Callable[[Tensor, Tensor], None]) -> None:
+        """For the ranks of `group`, where nothing is `unavailable`; `sum_parts` is the op. Collective."""
+        self._group, self._sum_parts = group, sum_parts
         self._rank, self._ranks = group.rank(), group.size()
         # Before all else: others wait for what this rank sends.
         self._stream = torch.cuda.Stream(priority=-1)
@@ -104,7 +105,7 @@ class PeerCopies:
                 everyones[other].copy_(_as(slot, mine))
             done = self._stream.record_event()
         everyones[self._rank].copy_(mine)  # by the current stream, which has to wait for the others' anyway
-        return everyones, _Arrival(done, None, None)
+        return everyones, _Arrival(done, None)
 
     def scatter(self, everyones: Tensor, mine: Tensor) -> _Arrival:
         """See `Transport`."""
@@ -117,7 +118,7 @@ class PeerCopies:
             for other, slot in self._taken(slots):
                 parts[other].copy_(_as(slot, everyones).view_as(parts)[self._rank])
             done = self._stream.record_event()
-        return _Arrival(done, parts, mine)
+        return _Arrival(done, partial(self._sum_parts, parts, mine))
 
     # ------------------------------------------------------------------------------------------------- the protocol
     def _offer(self, tensor: Tensor, slots: _Shared) -> None:
@@ -175,17 +176,16 @@ class PeerCopies:
 
 
 class _Arrival(NamedTuple):
-    """`parts` [r,m,...] of a sum, and where it goes."""
+    """What is here once `done`, and what is left to do with it."""
 
     done: torch.cuda.Event
-    parts: Tensor | None
-    into: Tensor | None
+    then: Callable[[], None] | None
 
     def wait(self) -> None:
-        """The current stream waits, and adds up."""
+        """The current stream waits, and does the rest."""
         torch.cuda.current_stream().wait_event(self.done)
-        if self.parts is not None:
-            torch.sum(self.parts, 0, out=self.into)
+        if self.then is not None:
+            self.then()
 
 
 class _Shared:

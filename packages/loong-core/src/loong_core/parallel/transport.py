@@ -8,6 +8,7 @@ programs were meant to fill the device all at once then takes up to twice its ti
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from functools import cache
 from typing import Any, Literal, Protocol
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from loong_core.errors import Unsupported
 
 TransportName = Literal["auto", "collectives", "copies"]
+SumParts = Callable[[Tensor, Tensor], None]
 
 log = logging.getLogger(__name__)
 
@@ -63,8 +65,8 @@ class Collectives:
 
 
 @cache
-def between(group: Any, name: TransportName) -> Transport:
-    """The transport of a group, one for all who ask. Collective.
+def between(group: Any, name: TransportName, sum_parts: SumParts) -> Transport:
+    """The transport of a group, one for all who ask. Collective. `sum_parts` is the op.
 
     `auto` takes copies where all ranks of the group can read each other's GPU memory, and says once why not. Raises
     `Unsupported` where copies were asked for and cannot be.
@@ -76,7 +78,7 @@ def between(group: Any, name: TransportName) -> Transport:
     if reason := peer_copies.unavailable(group):
         return _refused(group, name, reason)
     log.info("tokens travel to experts of other ranks by copy engines")
-    return peer_copies.PeerCopies(group)
+    return peer_copies.PeerCopies(group, sum_parts)
 
 
 def _refused(group: Any, name: TransportName, reason: str) -> Collectives:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from loong_core.testing.engine import EngineContract
     from loong_core.testing.family import FamilyContract
     from loong_core.testing.op import OpContract
+    from loong_core.testing.parts import PartsContract
     from loong_core.testing.planner import PlannerContract
     from loong_core.testing.plugin import PluginContract
     from loong_core.testing.precision import PrecisionContract
@@ -38,6 +39,7 @@ __all__ = [
     "EngineContract",
     "FamilyContract",
     "OpContract",
+    "PartsContract",
     "PlannerContract",
     "PluginContract",
     "PrecisionContract",

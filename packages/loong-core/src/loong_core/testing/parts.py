@@ -1,0 +1,104 @@
+"""The contract of the op `sum_parts`: it writes where it is told and has no gradient, hence a suite of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import TYPE_CHECKING, ClassVar
+
+import pytest
+
+from loong_core.ops import DECLARATIONS, choose
+from loong_core.plugins import load
+from loong_core.registry import Registry, resolve
+from loong_core.testing.contract import Contract
+from loong_core.testing.op import poisoned_memory
+from loong_core.types import OpRequest
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+DTYPES = ("float32", "bfloat16", "float16")
+SHAPES = ((1, 5), (2, 7, 33), (3, 1), (4, 100, 128), (8, 4097), (2, 0, 3))
+"""Parts, and what each of them is."""
+
+
+class PartsContract(Contract):
+    """Set `implementation`. `backend` and `device` are where it runs."""
+
+    required: ClassVar[tuple[str, ...]] = ("implementation",)
+    implementation: ClassVar[str]
+    backend: ClassVar[str] = "cpu"
+    device: ClassVar[str] = "cpu"
+
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        """One test per dtype and shape."""
+        if "dtype" in metafunc.fixturenames:
+            metafunc.parametrize("dtype", DTYPES)
+        if "shape" in metafunc.fixturenames:
+            metafunc.parametrize("shape", SHAPES, ids=str)
+
+    @cached_property
+    def function(self) -> Callable[[Tensor, Tensor], None]:
+        """The implementation."""
+        return resolve(Registry(load()).get("ops", f"sum_parts.{self.implementation}").target)  # type: ignore[no-any-return]
+
+    def test_can_be_chosen(self) -> None:
+        """A recipe may name it, whatever the run's activations are."""
+        for dtype in ("float32", "bfloat16"):
+            request = OpRequest(backend=self.backend, dtype=dtype, degrees={"dp": 1}, fields={})
+            chosen = choose(Registry(load()).ops(), request, {"sum_parts": self.implementation})
+            assert chosen["sum_parts"].name == self.implementation
+
+    def test_sums(self, dtype: str, shape: tuple[int, ...]) -> None:
+        """Rounded once, whatever lay in the output, and without touching what lies beside it or the parts."""
+        import torch
+
+        parts = self._draw(shape, dtype)
+        before = parts.clone()
+        count = parts[0].numel()
+        for offset in (0, 8, 3):
+            whole = torch.full((count + 16,), float("nan"), dtype=parts.dtype, device=self.device)
+            out = whole[offset : offset + count].view(shape[1:])
+            self.function(parts, out)
+            exact = before.double().sum(0).to(parts.dtype)
+            limit = DECLARATIONS["sum_parts"].tolerances[dtype]
+            torch.testing.assert_close(out, exact, rtol=limit, atol=limit)
+            assert int(whole.isnan().sum()) == 16
+        assert torch.equal(parts, before)
+
+    def test_small_numbers_are_not_lost(self) -> None:
+        """In bfloat16 256 + 1 is 256; 256 and eight ones are 264."""
+        import torch
+
+        parts = torch.ones(9, 40, dtype=torch.bfloat16, device=self.device)
+        parts[0] = 256
+        out = torch.empty(40, dtype=torch.bfloat16, device=self.device)
+        self.function(parts, out)
+        assert bool((out == 264).all())
+
+    def test_bits_repeat(self, dtype: str) -> None:
+        """The same call gives the same bits."""
+        import torch
+
+        parts = self._draw((4, 5000), dtype)
+        first, second = torch.empty_like(parts[0]), torch.empty_like(parts[0])
+        self.function(parts, first)
+        self.function(parts, second)
+        assert torch.equal(first, second)
+
+    def test_uninitialised_memory(self) -> None:
+        """It reads nothing it has not written."""
+        import torch
+
+        parts = self._draw((3, 4099), "bfloat16")
+        with poisoned_memory():
+            out = torch.empty_like(parts[0])
+            self.function(parts, out)
+        assert not bool(out.isnan().any())
+
+    def _draw(self, shape: tuple[int, ...], dtype: str) -> Tensor:
+        import torch
+
+        drawn = torch.randn(shape, generator=torch.Generator().manual_seed(3)) * 3
+        return drawn.to(getattr(torch, dtype)).to(self.device)
