@@ -28,8 +28,7 @@ def dump(recipe_name: str, folder: Path, steps: int, overrides: list[str]) -> No
     folder.mkdir(parents=True, exist_ok=True)
     data = prepare(prepared.recipe, folder, rank=0, registry=registry)
     stream = Stream(prepared.recipe, data, prepared.plan, 0)
-    rows = stream.global_batch
-    taken = [stream.layout.arrays(range(step * rows, (step + 1) * rows)) for step in range(steps)]
+    taken = [stream.arrays(step) for step in range(steps)]
     stream.close()
     tensors = {name: torch.stack([torch.from_numpy(step[name]).int() for step in taken]) for name in taken[0]}
     save_file(tensors, str(folder / "batches.safetensors"))

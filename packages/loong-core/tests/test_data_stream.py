@@ -85,13 +85,13 @@ def test_every_cut_sees_the_same_rows_in_the_same_order(
     close(whole, *parts)
 
 
-@given(lengths=LENGTHS, pack=st.booleans(), shuffle=st.booleans(), batch=st.integers(1, 5))
+@given(lengths=LENGTHS, pack=st.booleans(), shuffle=st.booleans(), balance=st.booleans(), batch=st.integers(1, 5))
 @RELAXED
 def test_an_epoch_holds_every_sample_once_with_its_own_targets(
-    tmp_path_factory: pytest.TempPathFactory, lengths: list[int], pack: bool, shuffle: bool, batch: int
+    tmp_path_factory: pytest.TempPathFactory, lengths: list[int], pack: bool, shuffle: bool, balance: bool, batch: int
 ) -> None:
     cache = make_cache(tmp_path_factory.mktemp("data") / "it", lengths)
-    stream = make_stream(cache, micro=batch, pack=pack, shuffle=shuffle)
+    stream = make_stream(cache, micro=batch, pack=pack, shuffle=shuffle, balance=balance)
     seen: list[int] = []
     step = samples = tokens = squares = 0
     while len(seen) < 3 * len(lengths):
@@ -112,7 +112,9 @@ def test_an_epoch_holds_every_sample_once_with_its_own_targets(
     assert samples == len(seen)
     assert tokens == sum(lengths[name - 1] for name in seen)
     assert squares == sum(lengths[name - 1] ** 2 for name in seen)
-    for epoch in range(3):
+    counts = [seen.count(name) for name in range(1, len(lengths) + 1)]
+    assert max(counts) - min(counts) <= 1
+    for epoch in range(0 if balance else 3):  # balanced, a step over the end of an epoch mixes samples of both
         part = seen[epoch * len(lengths) : (epoch + 1) * len(lengths)]
         assert sorted(part) == list(range(1, len(lengths) + 1))
         if not shuffle:
@@ -195,15 +197,20 @@ def test_the_background_thread_changes_nothing(tmp_path: Path) -> None:
 
 
 @given(
-    lengths=st.lists(st.integers(2, SEQ_LEN), min_size=2, max_size=30), pack=st.booleans(), dp=st.sampled_from([1, 2])
+    lengths=st.lists(st.integers(2, SEQ_LEN), min_size=2, max_size=30),
+    pack=st.booleans(),
+    cut=st.sampled_from([(1, 1, 4), (1, 2, 2), (1, 4, 1), (2, 1, 2), (2, 2, 1)]),
 )
 @RELAXED
 def test_held_out_tokens_are_counted_once_and_never_trained_on(
-    tmp_path_factory: pytest.TempPathFactory, lengths: list[int], pack: bool, dp: int
+    tmp_path_factory: pytest.TempPathFactory, lengths: list[int], pack: bool, cut: tuple[int, int, int]
 ) -> None:
     cache = make_cache(tmp_path_factory.mktemp("data") / "it", lengths)
     section = {"fraction": 0.3, "batches": 50}
-    streams = [make_stream(cache, dp=dp, rank=rank, number=4 // dp, pack=pack, eval=section) for rank in range(dp)]
+    dp, micro, number = cut
+    streams = [
+        make_stream(cache, dp=dp, rank=rank, micro=micro, number=number, pack=pack, eval=section) for rank in range(dp)
+    ]
     counted: list[int] = []
     for index in range(streams[0].eval_count):
         for stream in streams:
@@ -229,6 +236,96 @@ def test_held_out_batches_are_limited_and_a_path_of_its_own_takes_nothing_away(t
     assert len(stream.layout.subset) == 5
     with pytest.raises(DataError, match=r"data\.eval: one sample.*data\.eval\.path"):
         make_stream(make_cache(tmp_path / "c", [4]), eval={"fraction": 0.5})
+    close(stream)
+
+
+@given(lengths=LENGTHS, cut=CUTS, shuffle=st.booleans())
+@RELAXED
+def test_a_step_holds_the_same_samples_and_every_cut_the_same_rows(
+    tmp_path_factory: pytest.TempPathFactory, lengths: list[int], cut: tuple[int, int, int], shuffle: bool
+) -> None:
+    cache = make_cache(tmp_path_factory.mktemp("data") / "it", lengths)
+    dp, micro, number = cut
+    plain = make_stream(cache, micro=8, shuffle=shuffle, balance=False)
+    whole = make_stream(cache, micro=8, shuffle=shuffle)
+    parts = [make_stream(cache, dp=dp, rank=rank, micro=micro, number=number, shuffle=shuffle) for rank in range(dp)]
+    for step in range(4):
+        rows = rows_of(parts, step)
+        assert rows == rows_of([whole], step)
+        assert whole.arrays(step)["tokens"].tolist() == [row["tokens"] for row in rows]
+        assert samples_of(rows) == samples_of(rows_of([plain], step))
+        assert {part.content(step) for part in parts} == {plain.content(step)}
+        assert max(works_of(rows)) <= max(works_of(rows_of([plain], step)))
+    close(plain, whole, *parts)
+
+
+def samples_of(rows: list[dict[str, list[int]]]) -> list[int]:
+    """The name of every sample of some rows (see `test_data_stream.encode`), sorted."""
+    return sorted(token // 100 for row in rows for token in row["tokens"] if token and token % 100 == 0)
+
+
+def works_of(rows: list[dict[str, list[int]]]) -> list[int]:
+    """Attention work of each row, by its segments."""
+    found = []
+    for row in rows:
+        segments = row.get("segments", [0] * SEQ_LEN)
+        found.append(sum(segments.count(number) ** 2 for number in set(segments) - {-1}))
+    return found
+
+
+def test_a_stream_is_even_and_continues_exactly(tmp_path: Path) -> None:
+    lengths = np.random.default_rng(2).integers(1, 7, 400).clip(2).tolist() + [14] * 20
+    cache = make_cache(tmp_path / "it", lengths)
+    plain, first = make_stream(cache, micro=4, balance=False), make_stream(cache, micro=4)
+    pairs = [
+        (max(works_of(rows_of([plain], step))), max(works_of(rows_of([first], step))), first.content(step).squares / 4)
+        for step in range(6)
+    ]
+    assert sum(pair[1] for pair in pairs) < sum(pair[0] for pair in pairs)
+    state = first.state()
+    expected = [rows_of([first], step) for step in range(6, 10)]
+    second = [make_stream(cache, dp=2, rank=rank, micro=1, number=2) for rank in range(2)]
+    assert [stream.load_state(state) for stream in second] == [6, 6]
+    assert [rows_of(second, step) for step in range(6, 10)] == expected
+    close(plain, first, *second)
+
+
+def test_held_out_batches_are_the_same_with_and_without(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "it", np.random.default_rng(0).integers(2, SEQ_LEN, 90).tolist())
+    section = {"fraction": 0.4, "batches": 50}
+    plain, even = (make_stream(cache, micro=4, eval=section, balance=balanced) for balanced in (False, True))
+    assert plain.eval_count == even.eval_count > 1
+    for index in range(plain.eval_count):
+        for one, other in zip(plain.eval_batches(index), even.eval_batches(index), strict=True):
+            assert all(one[name].equal(other[name]) for name in one)
+    close(plain, even)
+
+
+def test_a_run_does_not_continue_on_rows_that_were_put_together_otherwise(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "it", [3, 9, 4, 16, 2, 5])
+    plain, even = make_stream(cache, micro=2, balance=False), make_stream(cache, micro=2)
+    with pytest.raises(DataError, match=r"data\.balance.*: was False, is True"):
+        even.load_state(plain.state())
+    with pytest.raises(DataError, match=r"data\.balance.*: was True, is False"):
+        plain.load_state(even.state())
+    old = {name: value for name, value in plain.state().items() if name != "balance"}
+    assert plain.load_state(old) == 0
+    with pytest.raises(DataError, match=r"data\.balance.*: was False, is True"):
+        even.load_state(old)
+    close(plain, even)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "rows", "data"),
+    [([3, 9, 4], 2, {"pack": False}), ([SEQ_LEN] * 3, 2, {}), ([3, 9, 4], 1, {})],
+    ids=["one sample per row", "samples that fill rows", "one row"],
+)
+def test_where_nothing_can_move_an_older_checkpoint_continues(
+    tmp_path: Path, lengths: list[int], rows: int, data: dict[str, bool]
+) -> None:
+    stream = make_stream(make_cache(tmp_path / "it", lengths), micro=rows, **data)
+    old = {name: value for name, value in stream.state().items() if name != "balance"}
+    assert stream.load_state(old) == 0
     close(stream)
 
 

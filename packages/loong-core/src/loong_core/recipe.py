@@ -82,6 +82,8 @@ class DataSection(Section):
     """Tokens per row of a batch."""
     pack: bool = True
     """Put several samples in one row, without attention between them. false: one sample per row, padded."""
+    balance: bool = True
+    """Within each global batch, move samples between packed rows so that attention costs every rank the same."""
     shuffle: bool = True
     """Shuffle samples, anew in every epoch. false: file order."""
     global_batch: PositiveInt = 8

@@ -88,16 +88,16 @@ class Layout:
         order, rows = self.epoch(epoch)
         return order[rows.items[rows.starts[row] : rows.starts[row + 1]]]
 
-    def arrays(self, positions: Sequence[int]) -> dict[str, np.ndarray]:
-        """The rows at `positions` as arrays [rows, seq_len]: the columns, `positions` and, unless every sample of the
-        data fills a row, `segments`."""
-        shape = (len(positions), self.seq_len)
+    def arrays(self, rows: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+        """Rows, given as numbers of samples, as arrays [rows, seq_len]: the columns, `positions` and, unless every
+        sample of the data fills a row, `segments`."""
+        shape = (len(rows), self.seq_len)
         arrays = {name: np.full(shape, _PADDING.get(name, 0), dtype=np.int64) for name in self.cache.columns}
         place = np.zeros(shape, dtype=np.int64)
         segments = np.full(shape, -1, dtype=np.int64)
-        for at, position in enumerate(positions):
+        for at, row in enumerate(rows):
             begin = 0
-            for number, sample in enumerate(self.row(position).tolist()):
+            for number, sample in enumerate(row.tolist()):
                 for name, values in self.cache.sample(sample).items():
                     arrays[name][at, begin : begin + len(values)] = values
                 end = begin + len(values)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
+from loong_core.data.balance import balance
 from loong_core.data.layout import Layout
 from loong_core.data.order import permutation, split_held_out
 from loong_core.errors import DataError
@@ -33,7 +34,8 @@ class Content(NamedTuple):
 class Stream:
     """The training and held-out batches of one data-parallel rank.
 
-    Row `i` of global batch `step` is the row at position `step * global_batch + i` of the endless sequence of epochs.
+    Global batch `step` holds the rows at positions `step * global_batch` and following of the endless sequence of
+    epochs. With `data.balance` its samples have moved between them (`rows`), a function of the global batch alone.
     Micro-batch `m` of rank `r` holds rows `(m * dp + r) * micro_batch` to `... + micro_batch - 1`. So what a step
     trains on does not depend on how it is cut.
     """
@@ -67,6 +69,7 @@ class Stream:
             self.held_out = Layout(held_cache, held, shuffle=False, **settings)
             rows = len(self.held_out.epoch(0)[1])
             self.eval_count = min(data.eval.batches, -(-rows // self.global_batch))
+        self._balance = data.balance and data.pack and not self.layout.full and self.global_batch > 1
         self._identity = {
             "data": prepared.train.content,
             "seed": recipe.run.seed,
@@ -74,10 +77,19 @@ class Stream:
             "pack": data.pack,
             "shuffle": data.shuffle,
             "global_batch": data.global_batch,
+            "balance": self._balance,
             "held_out": data.eval.fraction if data.eval is not None and data.eval.path is None else None,
         }
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="data")
         self._ahead: dict[int, Future[list[Batch]]] = {}
+
+    def rows(self, step: int) -> list[np.ndarray]:
+        """Numbers of the samples in each row of a step's global batch, over all ranks."""
+        return self._rows(self.layout, step)
+
+    def arrays(self, step: int) -> dict[str, np.ndarray]:
+        """A step's global batch, over all ranks: arrays [rows, seq_len], see `Layout.arrays`."""
+        return self.layout.arrays(self.rows(step))
 
     def batches(self, step: int) -> list[Batch]:
         """This rank's micro-batches of a 0-based step. The steps after it are prepared in the background."""
@@ -109,6 +121,7 @@ class Stream:
 
     def content(self, step: int) -> Content:
         """What a step's global batch holds, padding left out."""
+        # Balancing keeps the samples of a step, so nobody waits here for it.
         rows = [self.layout.row(position) for position in self._positions(step)]
         lengths = self.layout.cache.lengths[np.concatenate(rows)].astype(np.int64)
         return Content(len(lengths), int(lengths.sum()), int((lengths**2).sum()))
@@ -150,13 +163,17 @@ class Stream:
         Raises:
             DataError: the data, or a setting that decides what a step trains on, is not what it was.
         """
+        was = {"balance": False, **state}  # older checkpoints do not name it
         changed = [
-            f"  {_IDENTITY_NAMES[name]}: was {state.get(name)!r}, is {value!r}"
+            f"  {_IDENTITY_NAMES[name]}: was {was.get(name)!r}, is {value!r}"
             for name, value in self._identity.items()
-            if state.get(name) != value
+            if was.get(name) != value
         ]
         if changed:
-            text = "The run cannot continue on this data: samples would be repeated or left out. What differs:"
+            text = (
+                "The run cannot continue on this data: samples would be repeated, left out or put into other rows. "
+                "What differs:"
+            )
             remedy = (
                 "Restore it, or start a new run from the checkpoint's weights (model.weights) under another run.name."
             )
@@ -172,16 +189,23 @@ class Stream:
     def _positions(self, step: int) -> range:
         return range(step * self.global_batch, (step + 1) * self.global_batch)
 
+    def _rows(self, layout: Layout, step: int) -> list[np.ndarray]:
+        rows = [layout.row(position) for position in self._positions(step)]
+        # Held-out rows stay where they are: those that stand in for missing ones are known by their position.
+        if not self._balance or layout is not self.layout:
+            return rows
+        samples = np.concatenate(rows)
+        return [samples[items] for items in balance([layout.cache.lengths[row] for row in rows], layout.seq_len)]
+
     def _make(self, layout: Layout, step: int, once: bool = False) -> list[Batch]:
-        plan, begin = self._plan, step * self.global_batch
-        rows = len(layout.epoch(0)[1])
+        plan, rows = self._plan, self._rows(layout, step)
+        real = len(layout.epoch(0)[1]) - step * self.global_batch
         batches = []
         for number in range(plan.micro_batches):
-            first = begin + (number * plan.dp + self._rank) * plan.micro_batch
-            positions = range(first, first + plan.micro_batch)
-            arrays = layout.arrays(positions)
+            first = (number * plan.dp + self._rank) * plan.micro_batch
+            arrays = layout.arrays(rows[first : first + plan.micro_batch])
             if once:
-                arrays["targets"][[at for at, position in enumerate(positions) if position >= rows]] = -100
+                arrays["targets"][max(real - first, 0) :] = -100
             batches.append({name: torch.from_numpy(values) for name, values in arrays.items()})
         return batches
 
@@ -193,5 +217,6 @@ _IDENTITY_NAMES = {
     "pack": "data.pack",
     "shuffle": "data.shuffle",
     "global_batch": "data.global_batch",
+    "balance": "data.balance (where it has an effect)",
     "held_out": "data.eval.fraction",
 }
