@@ -188,7 +188,7 @@ def test_the_stand_in_for_apex_adds_the_weight_gradient() -> None:
 def test_a_switch_that_fails_is_a_line_and_the_others_are_compared() -> None:
     import switches
 
-    from loong_core.ops import DECLARATIONS
+    from loong_core.op_declarations import DECLARATIONS
 
     on = {"median_ms": 200.0, "peak_memory_gib": 10.0}
     lines = switches.table({switches.BASE: on, "slower": on | {"median_ms": 250.0}, "broken": {"error": "no"}})

@@ -8,7 +8,8 @@ import sys
 import pytest
 
 from loong_core.errors import NotFound, PluginError, Unsupported
-from loong_core.ops import DECLARATIONS, OPS, OpChoice, bind, choose
+from loong_core.op_declarations import DECLARATIONS
+from loong_core.ops import OPS, OpChoice, bind, choose
 from loong_core.types import OpImpl, OpRequest
 
 REQUEST = OpRequest(backend="cpu", dtype="float32", degrees={"cp": 1}, fields={})

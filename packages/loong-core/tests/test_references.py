@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as functional
 
 from loong_core.errors import DataError
-from loong_core.ops import DECLARATIONS
+from loong_core.op_declarations import DECLARATIONS
 from loong_core.references.attention import attention
 from loong_core.references.cross_entropy import cross_entropy
 from loong_core.references.norm import rms_norm

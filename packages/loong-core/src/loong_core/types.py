@@ -258,7 +258,7 @@ class PrecisionPolicy:
 
 @dataclass(frozen=True, kw_only=True)
 class OpImpl:
-    """One implementation of an op declared in `loong_core.ops`.
+    """One implementation of an op declared in `loong_core.op_declarations`.
 
     `target` is a plain function with the op's signature. `supports(request) -> None or a reason why not` sees an
     `OpRequest`. Among the ones that can run, the highest `rank` is chosen; equal ranks are an error.

@@ -38,7 +38,7 @@ class BuildContext:
     deterministic: bool = False
     dispatch: str = "auto"
     exchange: TransportName = "auto"
-    exchange_pieces: int = 1
+    exchange_pieces: int | None = None
 
 
 class Chunk(Protocol):

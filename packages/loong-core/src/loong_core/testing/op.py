@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
 
-from loong_core.ops import DECLARATIONS, choose
+from loong_core.op_declarations import DECLARATIONS
+from loong_core.ops import choose
 from loong_core.plugins import load
 from loong_core.registry import Registry, resolve
 from loong_core.testing.contract import Contract

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from loong_core import run_folder
 from loong_core.cli import output
 from loong_core.errors import LoongError, NotFound
-from loong_core.ops import DECLARATIONS
+from loong_core.op_declarations import DECLARATIONS
 from loong_core.suggest import nearest
 from loong_ops import bench
 from loong_ops.bench.row import Missing, Row
