@@ -314,11 +314,56 @@ def test_tokens_leave_before_they_are_routed_where_that_holds_up_nothing(apart: 
 
 
 @pytest.mark.parametrize(
+    ("options", "tokens", "pieces", "carrier"),
+    [
+        ({}, 7, 1, "Collectives"),
+        ({}, 8, 2, "Copies"),
+        ({"exchange_pieces": 1}, 8, 1, "Collectives"),
+        ({"exchange_pieces": 1, "exchange": "copies"}, 8, 1, "Copies"),
+        ({"exchange_pieces": 3}, 7, 3, "Copies"),
+    ],
+)
+def test_few_tokens_go_in_one_piece_by_collectives(
+    options: dict[str, Any], tokens: int, pieces: int, carrier: str, tmp_path: Path
+) -> None:
+    def work(rank: int) -> list[list[Any]]:
+        from unittest import mock
+
+        import torch
+
+        from loong_core.parallel import transport
+        from loong_llm import exchange, moe
+
+        class Copies(transport.Collectives):
+            """Another transport."""
+
+        seen: list[list[Any]] = []
+
+        def noted(*args: Any) -> Any:
+            share = args[4]
+            seen.append([len(share.cuts(tokens)), type(share.transport).__name__])
+            return exchange.exchange(*args)
+
+        with (
+            mock.patch.object(transport, "between", lambda group, *_: Copies(group)),
+            mock.patch.object(moe, "exchange", noted),
+            mock.patch.object(exchange, "MANY", 8),
+        ):
+            settings = tiny.settings("qwen3_moe", CONFIG, parallel={"ep": 2, "options": options})
+            _, engine = tiny.start(settings, tmp_path, False)
+            (mixture, *_) = (module for module in engine.modules[0].modules() if isinstance(module, moe.Mixture))
+            mixture(torch.randn(tokens, 1, CONFIG["hidden_size"]))
+        return seen
+
+    assert run_ranks(2, work) == [[[pieces, carrier]]] * 2
+
+
+@pytest.mark.parametrize(
     ("parallel", "found"),
     [
-        ({}, (1, False)),
+        ({}, (None, False)),
         ({"options": {"exchange_pieces": 3}}, (3, False)),
-        ({"recompute": "selective"}, (1, True)),
+        ({"recompute": "selective"}, (None, True)),
     ],
 )
 def test_layers_exchange_as_the_recipe_says(parallel: dict[str, Any], found: tuple[int, bool], tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor, nn
 
 from loong_core.parallel import transport
-from loong_llm.exchange import Share, exchange, start
+from loong_llm.exchange import Share, exchange, pieces_of, start
 
 if TYPE_CHECKING:
     from loong_core.ops import Ops
@@ -78,12 +78,12 @@ class Mixture(MoELayer):
         *args: Any,
         gathers: bool,
         by: transport.TransportName,
-        pieces: int,
+        pieces: int | None,
         again: bool,
         **kwargs: Any,
     ) -> None:
         super().__init__(config, *args, **kwargs)
-        self.gathers, self.pieces, self.again = gathers, pieces, again
+        self.gathers, self.by, self.pieces, self.again = gathers, by, pieces, again
         self.transport: transport.Transport | None = None
         if gathers and self.ep_group.size() > 1:
             self.transport = transport.between(self.ep_group, by, self.experts.ops.sum_parts)
@@ -105,7 +105,10 @@ class Mixture(MoELayer):
 
     def _exchanged(self, hidden: Tensor, carrier: transport.Transport) -> Tensor:
         """hidden [t,n] -> [t,n] by the experts of all ranks."""
-        share = Share(self.ep_group, self.num_local_experts, self.pieces, carrier, self.again)
+        pieces = self.pieces or pieces_of(len(hidden))
+        if pieces == 1 and self.by == "auto":
+            carrier = transport.Collectives(self.ep_group)
+        share = Share(self.ep_group, self.num_local_experts, pieces, carrier, self.again)
         # The router's own messages are short and waited for: they must not queue behind the tokens.
         arriving = start(hidden, share) if carrier.apart else None
         routing: Routing = self.router(hidden)
