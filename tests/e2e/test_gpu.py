@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -82,13 +83,21 @@ def test_experts_in_one_grouped_matmul_train_as_on_a_cpu(tmp_path: Path) -> None
 
 @pytest.mark.gpu
 @pytest.mark.skipif(cuda_devices() < 2, reason="needs two CUDA devices")
-@pytest.mark.parametrize("dispatch", ["gather", "alltoall"])
-def test_experts_on_two_gpus_train_as_on_one(dispatch: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        {"options": {"dispatch": "gather"}},
+        {"options": {"dispatch": "alltoall"}},
+        {"options": {"exchange": "collectives", "exchange_pieces": 3}},
+        {"options": {"exchange": "copies"}},
+        {"options": {"exchange": "copies", "exchange_pieces": 3}, "recompute": "selective"},
+    ],
+    ids=str,
+)
+def test_experts_on_two_gpus_train_as_on_one(parallel: dict[str, Any], tmp_path: Path) -> None:
     settings = {"backend": "cuda", "precision": "bf16", "model": {"family": "qwen3_moe", "config": EXPERTS}}
     one = train(tmp_path, "one", **settings, launch={"devices": 1})
-    two = train(
-        tmp_path, "two", **settings, launch={"devices": 2}, parallel={"ep": 2, "options": {"dispatch": dispatch}}
-    )
+    two = train(tmp_path, "two", **settings, launch={"devices": 2}, parallel={"ep": 2, **parallel})
     for single, both in zip(one, two, strict=True):
         assert both["loss"] == pytest.approx(single["loss"], abs=2e-2)
         assert both["tokens"] == single["tokens"]

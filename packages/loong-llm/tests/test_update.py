@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -142,9 +143,15 @@ def poisoned(rank: int, recipe: dict[str, Any], folder: Path, value: str) -> dic
     engine.forward_backward(tiny.batches(run), 0)
     engine.step(1e-2)
     before = bits(engine)
-    engine.forward_backward(tiny.batches(run, 1), 1)
-    if rank == 0:
-        engine._optimizer.shards()[0].gradient[0] = float(value)
+    measure = engine._optimizer.measure
+
+    def measured(scale: Any) -> None:
+        if rank == 0:
+            engine._optimizer.shards()[0].gradient[0] = float(value)
+        measure(scale)
+
+    with mock.patch.object(engine._optimizer, "measure", measured):
+        engine.forward_backward(tiny.batches(run, 1), 1)
     norm = engine.step(1e-2)
     kept = all(torch.equal(one, other) for one, other in zip(before, bits(engine), strict=True))
     engine.forward_backward(tiny.batches(run, 1), 1)

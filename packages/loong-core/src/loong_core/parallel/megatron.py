@@ -27,6 +27,7 @@ from loong_core.parallel import gradient_buffer, megatron_state, segments
 from loong_core.parallel.adamw import ShardedAdamW
 from loong_core.parallel.build import BuildContext, LossContext
 from loong_core.parallel.context import slice_batch
+from loong_core.parallel.fetch import Fetched
 from loong_core.parallel.options import MegatronOptions
 from loong_core.registry import resolve
 from loong_core.train.engine import Batch, LocalParameter
@@ -93,6 +94,13 @@ def _sums_in_float32(precision: PrecisionPolicy) -> bool:
             f"{precision.parameters}; not in {precision.gradients}."
         )
     return precision.gradients == "float32"
+
+
+def _means(names: list[str], sums: Fetched) -> dict[str, float]:
+    """What a step reports, as means over counted elements."""
+    values = dict(zip(names, sums.get().tolist(), strict=True))
+    counted = values.pop("count")
+    return {"counted": counted} | {name: value / max(counted, 1.0) for name, value in values.items()}
 
 
 def _clear_gradients(chunk: Any) -> None:
@@ -181,7 +189,10 @@ class MegatronEngine:
         for chunk in self._wrapped:
             chunk.train()
             _clear_gradients(chunk)
-        return self._sweep(cast(Any, self._wrapped), batches, forward_only=False)
+        names, sums = self._sweep(cast(Any, self._wrapped), batches, forward_only=False)
+        assert self._optimizer is not None
+        self._optimizer.measure(self.gradient_scale)  # the device has work while the host waits for the losses
+        return _means(names, sums)
 
     def _counts(self, parameter: Any) -> bool:
         """Whether the norm takes the parameter's gradient from this rank: not where tensor parallelism or tied
@@ -208,12 +219,15 @@ class MegatronEngine:
         for module in self.modules:
             module.eval()
         with torch.no_grad():
-            result = self._sweep(self.modules, batches, forward_only=True)
+            names, sums = self._sweep(self.modules, batches, forward_only=True)
         for module in self.modules:
             module.train()
-        return result
+        return _means(names, sums)
 
-    def _sweep(self, chunks: list[nn.Module], batches: Sequence[Batch], forward_only: bool) -> dict[str, float]:
+    def _sweep(
+        self, chunks: list[nn.Module], batches: Sequence[Batch], forward_only: bool
+    ) -> tuple[list[str], Fetched]:
+        """All micro-batches; what was reported of them: names, and sums over micro-batches and ranks."""
         reports = self._schedule(
             forward_step_func=self._forward_step,
             data_iterator=self._per_chunk([iter(batches) for _ in chunks]),
@@ -253,17 +267,15 @@ class MegatronEngine:
         report["loss"] = total.detach()
         return total, result.count.to(torch.int), report
 
-    def _reduced(self, reports: list[dict[str, Tensor]]) -> dict[str, float]:
-        """Sums over micro-batches and ranks, as means over counted elements. Ranks that hold no output add zeros."""
+    def _reduced(self, reports: list[dict[str, Tensor]]) -> tuple[list[str], Fetched]:
+        """Sums over micro-batches and ranks. Ranks that hold no output add zeros."""
         names = self._report_names(reports)
         sums = torch.zeros(len(names), dtype=torch.float64, device=self.device)
         if self.groups.tp.rank() == 0:
             for report in reports:
                 sums += torch.stack([report[name].detach().double() for name in names])
         dist.all_reduce(sums)
-        values = dict(zip(names, sums.tolist(), strict=True))
-        counted = values.pop("count")
-        return {"counted": counted} | {name: value / max(counted, 1.0) for name, value in values.items()}
+        return names, Fetched(sums)
 
     def _report_names(self, reports: list[dict[str, Tensor]]) -> list[str]:
         """The reported names. Only last stages have reports, so the last rank, which is one, tells the others."""
