@@ -29,6 +29,7 @@ from loong_ops.modulation import ada_rms_norm, layer_norm_modulate, residual_ada
 from loong_ops.rms_norm import residual_rms_norm, rms_norm
 from loong_ops.rotary_qkv import rotary_qkv
 from loong_ops.route import route
+from loong_ops.scaled import launch as scaled_launch
 from loong_ops.sum_of_squares import sum_of_squares
 from loong_ops.sum_parts import sum_parts
 from loong_ops.swiglu import swiglu
@@ -215,6 +216,10 @@ def parts_summed(*shape: int, dtype: torch.dtype) -> None:
     sum_parts(torch.empty(shape, dtype=dtype), torch.empty(shape[1:], dtype=dtype))
 
 
+def scaled(count: int, source: torch.dtype, out: torch.dtype, add: bool) -> None:
+    scaled_launch(torch.empty(count, dtype=source), torch.ones(1), torch.empty(count, dtype=out), add)
+
+
 Calls = dict[str, dict[str, Callable[[], None]]]
 
 
@@ -339,6 +344,10 @@ OPS: Calls = {
     "sum_parts": {
         "qwen3_30b": partial(parts_summed, 4, 16384, 2048, dtype=BFLOAT16),
         "odd": partial(parts_summed, 3, 7, 13, dtype=FLOAT32),
+    },
+    "scaled": {
+        "written": partial(scaled, 1 << 20, FLOAT32, BFLOAT16, False),
+        "added": partial(scaled, 1001, FLOAT32, FLOAT32, True),
     },
     "route": {
         "qwen3_30b": partial(routing, 16, 128, 8, FLOAT32, valid=True),

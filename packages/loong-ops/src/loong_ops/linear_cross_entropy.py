@@ -19,6 +19,7 @@ from loong_core.parallel.gradient_buffer import buffer_to_fill, mark_added
 from loong_core.references.cross_entropy import IGNORED, _check_targets
 from loong_ops.cross_entropy import Share, write_gradients, write_losses
 from loong_ops.quack_products import LONG, Tile
+from loong_ops.scaled import write_scaled
 
 CHUNKS = (4096, 3072, 2048)
 """Tokens at a time, to choose from. Fewer make the sum over chunks of the weight's gradient, which is read and written
@@ -136,7 +137,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         factor = _factor(gradients[0], targets)
         result_hidden = result_weight = None
         if hidden_gradient is not None:
-            result_hidden = torch.mul(hidden_gradient, factor[:, None], out=torch.empty_like(hidden_gradient))
+            result_hidden = torch.empty_like(hidden_gradient)
+            if factor.numel() > 1:
+                torch.mul(hidden_gradient, factor[:, None], out=result_hidden)
+            else:
+                write_scaled(hidden_gradient, factor, result_hidden)
         if weight_gradient is not None:
             target, write = buffer_to_fill(weight)
             if target is None:
@@ -147,10 +152,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 target[used.shape[0] :].zero_()
             if factor.numel() > 1:
                 _compute_again(ctx, factor, used, add=not write)
-            elif write:
-                torch.mul(weight_gradient, factor, out=used)
             else:
-                used.addcmul_(weight_gradient, factor)
+                write_scaled(weight_gradient, factor, used, add=not write)
             if result_weight is None:
                 mark_added(weight)
         return result_hidden, result_weight, None, None, None, None, None
