@@ -1,10 +1,12 @@
 """All-gather and reduce-scatter among the GPUs of one host by their copy engines: no kernel takes part but a sum.
 
-Every rank has slots in memory that all ranks of the group can read (torch's symmetric memory). A rank copies what it
-has into a slot and writes the number of the exchange into a flag of every other rank; that one's stream waits for the
-flag, copies what it wants out of the slot, and writes the number into a second flag of the owner, whose stream waits
-for it before it uses the slot again. Streams write and wait by the driver's stream memory operations
-(`cuStreamWriteValue32`, `cuStreamWaitValue32`), so that neither the host nor a multiprocessor waits for another rank.
+Every rank has two slots in memory that all ranks of the group can read (torch's symmetric memory). For an exchange it
+copies what it has into one, writes the number of the exchange into a flag of every other rank, and for each of these
+waits for its flag and copies what it wants out of its slot. All of that is on one stream, by the driver's stream memory
+operations (`cuStreamWriteValue32`, `cuStreamWaitValue32`), so that neither the host nor a multiprocessor waits.
+
+The slots are used by turns, and that is enough: a rank fills the slot of exchange i again for i + 2, once it has seen
+all flags of i + 1. Who wrote one of those had, on its one stream, taken all of exchange i before.
 
 All ranks of a group call the same exchanges in the same order, each of one size, so that they count alike.
 """
@@ -24,7 +26,8 @@ from torch import Tensor
 from loong_core.backends.cuda import one_queue
 
 SLOTS = 2
-"""Exchanges of which the second does not wait until the first was taken."""
+_FLAG = 4
+"""Bytes of a flag."""
 
 
 def unavailable(group: Any) -> str | None:
@@ -77,33 +80,43 @@ def _host() -> str:
 
 
 class PeerCopies:
-    """See `loong_core.parallel.transport.Transport`. Sums are float32 for half precision, rounded once."""
+    """See `loong_core.parallel.transport.Transport`. Sums are float32 for half precision, rounded once.
+
+    An exchange of four ranks is ten calls of the driver. They are made on addresses: views of tensors and torch's own
+    copies take the host several times as long.
+    """
 
     apart = True
 
     def __init__(self, group: Any, sum_parts: Callable[[Tensor, Tensor], None]) -> None:
         """For the ranks of `group`, where nothing is `unavailable`; `sum_parts` is the op. Collective."""
+        from cuda.bindings import driver
+
+        self._driver, self._reached = driver, int(driver.CUstreamWaitValue_flags.CU_STREAM_WAIT_VALUE_GEQ)
         self._group, self._sum_parts = group, sum_parts
         self._rank, self._ranks = group.rank(), group.size()
+        # Each rank begins with its neighbour, so that not all read from one.
+        self._others = [(self._rank + step) % self._ranks for step in range(1, self._ranks)]
         # Before all else: others wait for what this rank sends.
         self._stream = torch.cuda.Stream(priority=-1)
-        # Of each other rank: the exchange whose slot it has filled, then that whose slot here it has taken.
-        flags = _Shared(2 * self._ranks * 4, group)
-        self._flags = [peer.data_ptr() for peer in flags.peers]
-        self._shared = flags
+        self._queue = self._stream.cuda_stream
+        # Of each other rank: the exchange for which it has filled its slot.
+        self._flags = _Shared(self._ranks * _FLAG, group)
         self._slots: _Shared | None = None
-        self._number = 0
+        self._capacity = self._number = 0
 
     def gather(self, mine: Tensor, into: Tensor | None = None) -> tuple[Tensor, _Arrival]:
         """See `Transport`."""
         mine = mine.contiguous()
         everyones = mine.new_empty((self._ranks, *mine.shape)) if into is None else into
-        slots = self._room(mine)
-        with self._beside(mine, everyones):
-            self._offer(mine, slots)
-            for other, slot in self._taken(slots):
-                everyones[other].copy_(_as(slot, mine))
-            done = self._stream.record_event()
+        size, place = mine.nbytes, everyones.data_ptr()
+        assert everyones.is_contiguous() and everyones.nbytes == self._ranks * size, "no room for what is gathered"
+        self._make_room(size)
+        self._follow(mine, everyones)
+        self._offer(mine)
+        for other, slot in self._offered():
+            self._copy(place + other * size, slot, size)
+        done = self._stream.record_event()
         everyones[self._rank].copy_(mine)  # by the current stream, which has to wait for the others' anyway
         return everyones, _Arrival(done, None)
 
@@ -111,68 +124,56 @@ class PeerCopies:
         """See `Transport`."""
         everyones = everyones.contiguous()
         parts = mine.new_empty((self._ranks, *mine.shape))
-        slots = self._room(everyones)
-        with self._beside(everyones, parts):
-            self._offer(everyones, slots)
-            parts[self._rank].copy_(everyones.view_as(parts)[self._rank])
-            for other, slot in self._taken(slots):
-                parts[other].copy_(_as(slot, everyones).view_as(parts)[self._rank])
-            done = self._stream.record_event()
-        return _Arrival(done, partial(self._sum_parts, parts, mine))
+        size, place = mine.nbytes, parts.data_ptr()
+        assert everyones.nbytes == self._ranks * size, "as many rows for every rank"
+        self._make_room(everyones.nbytes)
+        self._follow(everyones, parts)
+        self._offer(everyones)
+        own = self._rank * size
+        self._copy(place + own, everyones.data_ptr() + own, size)
+        for other, slot in self._offered():
+            self._copy(place + other * size, slot + own, size)
+        return _Arrival(self._stream.record_event(), partial(self._sum_parts, parts, mine))
 
     # ------------------------------------------------------------------------------------------------- the protocol
-    def _offer(self, tensor: Tensor, slots: _Shared) -> None:
-        """The next exchange of this rank: `tensor` into its slot, as soon as the others have taken what was there."""
+    def _offer(self, tensor: Tensor) -> None:
+        """Begin the next exchange: `tensor` into this rank's slot, and word of it to the others."""
         self._number += 1
-        for other in self._others():
-            self._wait(self._ranks + other, self._number - SLOTS)
-        _as(slots.mine[self._number % SLOTS], tensor).copy_(tensor)
-        for other in self._others():
-            self._write(other, self._rank)
+        self._copy(self._slot(self._rank), tensor.data_ptr(), tensor.nbytes)
+        for other in self._others:
+            where = self._flags.addresses[other] + _FLAG * self._rank
+            _check(self._driver.cuStreamWriteValue32(self._queue, where, self._number & 0xFFFFFFFF, 0))
 
-    def _taken(self, slots: _Shared) -> Iterator[tuple[int, Tensor]]:
-        """Of every other rank the slot of this exchange, to be copied from before the next is asked for."""
-        for other in self._others():
-            self._wait(other, self._number)
-            yield other, slots.peers[other][self._number % SLOTS]
-            self._write(other, self._ranks + self._rank)
+    def _offered(self) -> Iterator[tuple[int, int]]:
+        """Of every other rank the slot of this exchange, once it is filled."""
+        for other in self._others:
+            where = self._flags.addresses[self._rank] + _FLAG * other
+            _check(self._driver.cuStreamWaitValue32(self._queue, where, self._number & 0xFFFFFFFF, self._reached))
+            yield other, self._slot(other)
 
-    def _others(self) -> Iterator[int]:
-        """All other ranks, each rank beginning with its neighbour: no two read from one at the same time."""
-        return ((self._rank + step) % self._ranks for step in range(1, self._ranks))
+    def _slot(self, rank: int) -> int:
+        """Where the slot of this exchange begins on `rank`."""
+        assert self._slots is not None
+        return self._slots.addresses[rank] + self._number % SLOTS * self._capacity
 
-    def _write(self, rank: int, flag: int) -> None:
-        """The number of this exchange into a flag of `rank`, once all that was put on the stream before is done."""
-        from cuda.bindings import driver
-
-        where = self._flags[rank] + 4 * flag
-        _check(driver.cuStreamWriteValue32(self._stream.cuda_stream, where, self._number & 0xFFFFFFFF, 0))
-
-    def _wait(self, flag: int, number: int) -> None:
-        """What follows on the stream waits until a flag of this rank is at least `number`, counted round."""
-        from cuda.bindings import driver
-
-        reached = int(driver.CUstreamWaitValue_flags.CU_STREAM_WAIT_VALUE_GEQ)
-        where = self._flags[self._rank] + 4 * flag
-        _check(driver.cuStreamWaitValue32(self._stream.cuda_stream, where, number & 0xFFFFFFFF, reached))
+    def _copy(self, to: int, source: int, size: int) -> None:
+        if size:
+            _check(self._driver.cuMemcpyAsync(to, source, size, self._queue))
 
     # --------------------------------------------------------------------------------------------- memory, streams
-    def _room(self, tensor: Tensor) -> _Shared:
-        """Slots that hold `tensor`; larger ones where they do not, once everything is out of the old ones."""
-        size = -(-tensor.nbytes // 512) * 512
-        if self._slots is None or self._slots.mine.shape[1] < size:
+    def _make_room(self, size: int) -> None:
+        """Slots of at least `size` bytes; larger ones only once everything is out of the old ones."""
+        if self._slots is None or self._capacity < size:
             torch.cuda.synchronize()
             dist.barrier(self._group)
-            self._slots = None
-            self._slots = _Shared((SLOTS, size), self._group)
-        return self._slots
+            self._slots, self._capacity = None, -(-size // 512) * 512
+            self._slots = _Shared(max(1, SLOTS * self._capacity), self._group)
 
-    def _beside(self, *tensors: Tensor) -> Any:
-        """The copies' stream, from where the current one is now; `tensors` stay until what is put on it is done."""
+    def _follow(self, *tensors: Tensor) -> None:
+        """The copies' stream goes on from where the current one is; `tensors` stay until what is put on it is done."""
         self._stream.wait_stream(torch.cuda.current_stream())
         for tensor in tensors:
             tensor.record_stream(self._stream)
-        return torch.cuda.stream(self._stream)
 
 
 class _Arrival(NamedTuple):
@@ -189,25 +190,20 @@ class _Arrival(NamedTuple):
 
 
 class _Shared:
-    """Zeroed bytes of one shape on every rank of a group: `mine`, and `peers`, those of each rank. Collective."""
+    """Zeroed bytes, as many on every rank of a group, and where each rank's begin. Collective."""
 
-    def __init__(self, shape: int | tuple[int, ...], group: Any) -> None:
+    def __init__(self, size: int, group: Any) -> None:
         import torch.distributed._symmetric_memory as symmetric
 
-        self.mine = symmetric.empty(shape, dtype=torch.uint8, device=torch.device("cuda", torch.cuda.current_device()))
-        self.mine.zero_()
-        self._handle = symmetric.rendezvous(self.mine, group)
-        sizes = self.mine.shape
-        self.peers = [self._handle.get_buffer(rank, sizes, torch.uint8) for rank in range(group.size())]
+        mine = symmetric.empty(size, dtype=torch.uint8, device=torch.device("cuda", torch.cuda.current_device()))
+        mine.zero_()
+        handle = symmetric.rendezvous(mine, group)
+        self._kept = mine, handle
+        self.addresses = [handle.get_buffer(rank, (size,), torch.uint8).data_ptr() for rank in range(group.size())]
         torch.cuda.synchronize()
         dist.barrier(group)  # nobody writes where another has not zeroed yet
 
 
-def _as(slot: Tensor, tensor: Tensor) -> Tensor:
-    """The first bytes of a slot as something like `tensor`."""
-    return slot[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-
-
 def _check(result: tuple[Any, ...]) -> None:
     if int(result[0]) != 0:
-        raise RuntimeError(f"CUDA refuses a stream memory operation: {result[0]!r}")
+        raise RuntimeError(f"CUDA refuses an operation on a stream: {result[0]!r}")
