@@ -180,9 +180,10 @@ def overrides(row: Row, options: argparse.Namespace, folder: Path, steps: int) -
         "checkpoint.export=null",
         "log.to=[jsonl]",
     ]
-    words += [f"precision={options.precision}"] if options.precision else []
     words += [f"parallel.ep={world}"] if row.sparse else []
-    return [*words, *row.overrides, *options.loong]
+    words += [*row.overrides, *(row.of_several if world > 1 else ())]
+    words += [f"precision={options.precision}"] if options.precision else []
+    return [*words, *options.loong]
 
 
 def describe(row: Row, options: argparse.Namespace, folder: Path, words: list[str], warmup: int) -> dict[str, Any]:
