@@ -16,7 +16,7 @@ from loong_core.errors import Unsupported
 from loong_core.references.experts import experts as reference
 from loong_core.testing.op import OpContract, error
 from loong_core.types import OpRequest
-from loong_ops import support
+from loong_ops import quack_experts, support
 from loong_ops.quack_experts import experts
 
 
@@ -48,6 +48,34 @@ def inputs(
     hidden, up, down = (tensor.bfloat16().requires_grad_() for tensor in drawn)
     weights = torch.rand(t, k, generator=generator).requires_grad_()
     return hidden, up, down, weights, torch.rand(t, e, generator=generator).topk(k).indices
+
+
+@pytest.mark.usefixtures("torch_products")
+def test_shapes_repeat_where_numbers_of_rows_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many rows are held here as the choice wants, which differs in every call; tensors have few sizes."""
+    sizes, gated = set(), quack_experts._gated
+
+    def noted(hidden: Tensor, up: Tensor, rows: Any, *args: Any) -> Any:
+        sizes.add((len(rows.token), len(rows.weight)))
+        return gated(hidden, up, rows, *args)
+
+    monkeypatch.setattr(quack_experts, "_gated", noted)
+    monkeypatch.setattr(quack_experts, "GRANULE", 8)
+    counts = set()
+    for seed in range(12):
+        hidden, up, down, weights, _ = inputs(t=20, e=2)
+        chosen = torch.rand(20, 5, generator=torch.Generator().manual_seed(seed)).topk(2).indices
+        count = int(((chosen == 1) | (chosen == 2)).sum())
+        counts.add(count)
+        found = experts(hidden, up, down, weights, chosen, first=1, pairs=lambda count=count: count)
+        exact = reference(hidden.float(), up.float(), down.float(), weights, chosen, first=1)
+        assert error(found.float(), exact) < 2e-2
+        (gradient,) = torch.autograd.grad(found.float().sum(), up)
+        (wanted,) = torch.autograd.grad(exact.sum(), up)
+        assert error(gradient.float(), wanted.float()) < 2e-2
+    assert len(counts) > 4 and sizes <= {(16, 16), (24, 24), (8, 8)}
+    experts(*inputs(t=3)[:4], inputs(t=3)[4])
+    assert (6, 6) in sizes  # never more than there are
 
 
 @pytest.mark.usefixtures("torch_products")

@@ -73,6 +73,10 @@ def experts(
     return result[:, :size]
 
 
+GRANULE = 2048
+"""Numbers of rows, where only some of the experts are held here, are rounded up to a multiple of this."""
+
+
 class Rows(NamedTuple):
     """The sorted rows as the products want them: int32 token [p], float32 weight [p], and the permutation's own."""
 
@@ -102,7 +106,7 @@ class _Experts(torch.autograd.Function):
     ) -> Tensor:
         # Sorted before the host may have to wait for the number of rows: the device has work meanwhile.
         sorted_rows = _sorted_rows(weights, chosen, len(up), first) if chosen.numel() else None
-        rows = count_of(pairs, chosen)
+        rows = _room(count_of(pairs, chosen), chosen.numel())
         ctx.tiles, ctx.empty = tiles, sorted_rows is None or hidden.numel() == 0 or rows == 0
         if sorted_rows is None or ctx.empty:
             ctx.save_for_backward(hidden, up, down, weights)
@@ -209,6 +213,12 @@ def _weight_gradient(
 
 
 # ------------------------------------------------------------------------------------------------- rows and tokens
+def _room(rows: int, most: int) -> int:
+    """Rows to make room for. QuACK keeps a plan of each call under the shapes of its tensors, for ever: with another
+    number in every call it would plan anew each time, for half a millisecond, and its memory would grow."""
+    return min(-(-rows // GRANULE) * GRANULE, most)
+
+
 def _sorted_rows(weights: Tensor, chosen: Tensor, held: int, first: int) -> Rows:
     """Those of the experts held here, with room for all pairs."""
     rows = chosen.numel()
