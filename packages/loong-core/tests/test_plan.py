@@ -180,6 +180,13 @@ def test_settings_without_effect_are_told() -> None:
     assert not found.sp
     assert any("parallel.sp = true has no effect" in reason for reason in found.reasons)
     assert any("parallel.vpp = 1 has no effect" in reason for reason in found.reasons)
+    for shape, asked in (
+        (DENSE, recipe(recompute="selective")),
+        (SPARSE, recipe(recompute="selective")),
+        (SPARSE, recipe(ep=2, recompute="selective", options={"dispatch": "alltoall"})),
+    ):
+        assert any("selective has no effect" in reason for reason in made(shape, 2, asked).reasons)
+    assert not any("selective" in reason for reason in made(SPARSE, 2, recipe(ep=2, recompute="selective")).reasons)
     found = made(DENSE, 4, recipe(tp=2), nodes=4)
     assert any("spans nodes of 1 device" in reason for reason in found.reasons)
     found = made(decoder_shape(), 2, recipe(tp=2))
@@ -241,12 +248,14 @@ def test_auto_without_any_valid_layout_names_the_problem() -> None:
 
 
 def test_recompute_auto_takes_the_first_that_fits() -> None:
-    data = {"seq_len": 8192, "global_batch": 8}
+    data, sparse = {"seq_len": 8192, "global_batch": 8}, decoder_shape(layers=32, hidden=1024, experts=8)
     for kind in ("none", "selective", "full"):
-        needed = made(BIG, 8, recipe(data, recompute=kind)).memory["total"]
-        assert made(BIG, 8, recipe(data), memory=int(needed / 0.9) + 2).recompute == kind
-    assert made(BIG, 8, recipe(data), memory=int(needed / 0.9) - 2).reasons[-1].startswith("warning")
+        needed = made(sparse, 8, recipe(data, ep=8, recompute=kind)).memory["total"]
+        assert made(sparse, 8, recipe(data, ep=8), memory=int(needed / 0.9) + 2).recompute == kind
+    assert made(sparse, 8, recipe(data, ep=8), memory=int(needed / 0.9) - 2).reasons[-1].startswith("warning")
     assert made(BIG, 8, recipe(recompute="selective"), memory=GIB).recompute == "selective"
+    needed = made(BIG, 8, recipe(data, recompute="selective")).memory["total"]
+    assert made(BIG, 8, recipe(data), memory=int(needed / 0.9) - 2).recompute == "full"
 
 
 def test_selective_keeps_no_tokens_of_other_ranks() -> None:

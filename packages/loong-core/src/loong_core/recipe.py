@@ -120,8 +120,8 @@ class ParallelSection(Section):
     etp: PositiveInt | None = None
     """Tensor parallel degree inside experts; null: tp for dense models, 1 with experts."""
     recompute: Literal["none", "selective", "full"] | Auto = "auto"
-    """Activation recomputation: selective computes core attention again, and gathers tokens of other ranks again for
-    experts; full computes whole layers (auto: none where the memory estimate fits, else selective, else full)."""
+    """Activation recomputation: selective gathers other ranks' tokens for experts again instead of keeping them, full
+    computes whole layers again (auto: none where the memory estimate fits, else selective, else full)."""
     components: dict[str, Any] = {}
     """Layouts of single components of a composed model."""
     options: dict[str, Any] = {}

@@ -134,11 +134,11 @@ class ModelShape:
         return tokens * (6.0 * self.active_parameters + 6.0 * self.attention_width * context)
 
     def recomputed_flops(self, tokens: float, context: float, recompute: str) -> float:
-        """FLOPs that `parallel.recompute` adds to `train_flops`: the forward pass of every layer with `full`, of
-        attention without its projections with `selective`. Embedding and head are never computed again."""
-        if recompute == "none":
+        """FLOPs that `parallel.recompute` adds to `train_flops`: the forward pass of every layer with `full`, nothing
+        with `selective`. Embedding and head are never computed again."""
+        if recompute != "full":
             return 0.0
-        weights = self.active_parameters - self.hidden * self.vocabulary if recompute == "full" else 0
+        weights = self.active_parameters - self.hidden * self.vocabulary
         return tokens * (2.0 * weights + 2.0 * self.attention_width * context)
 
 

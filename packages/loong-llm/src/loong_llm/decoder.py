@@ -237,7 +237,9 @@ def _parallelism(context: BuildContext) -> dict[str, Any]:
 def _recomputation(kind: str) -> dict[str, Any]:
     if kind == "full":
         return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    return {"recompute_granularity": "selective"} if kind == "selective" else {}
+    # What megatron-core would compute again, core attention, keeps no scores here, and its output is kept by what
+    # follows: that would spare nothing. `selective` is the exchange's.
+    return {}
 
 
 def _expert_settings(shape: ModelShape, context: BuildContext) -> dict[str, Any]:

@@ -56,7 +56,8 @@ def estimate(
 
     `counts[i]` is what a rank of pipeline stage i holds; `micro_batch_tokens` the tokens of one micro-batch, before
     context parallelism cuts them. Without `fused_loss` the logits of a whole micro-batch are held. `exchanged` are
-    elements per token and layer, beside the shape's own, that an exchange of tokens between ranks leaves for backward.
+    elements per token and layer, beside the shape's own, that an exchange of tokens between ranks leaves for backward:
+    fewer with selective recomputation, which spares nothing else.
     """
     tokens = micro_batch_tokens / degrees.cp
     ranks = []
@@ -108,14 +109,10 @@ def _activations(
     whole = degrees.tp if degrees.sp else 1
     layer = shape.activation_sharded / degrees.tp + (shape.activation_replicated + exchanged) / whole
     held = chunks_in_flight(degrees, stage, micro_batches) * layers / degrees.vpp
+    result = held * layer
     if recompute == "full":
         # Every layer keeps its input; one at a time is computed again in full.
         result = held * shape.hidden / whole + (layer if layers else 0.0)
-    else:
-        if recompute == "selective":
-            # Core attention keeps its inputs and not its output.
-            layer -= min(shape.attention_width / max(shape.layers, 1), shape.activation_sharded) / degrees.tp
-        result = held * layer
     head_input = 2 * shape.hidden / whole if stage == degrees.pp - 1 and shape.vocabulary else 0.0
     return result + head_input
 

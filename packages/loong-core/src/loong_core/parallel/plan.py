@@ -125,12 +125,17 @@ def _exchanged(
     """Elements per token and layer that are kept of tokens which came from other ranks for their experts."""
     if degrees.ep * degrees.etp == 1:
         return 0.0
-    dispatch = str(recipe.parallel.options.get("dispatch", "auto"))
-    if not gathers(dispatch, degrees.ep, degrees.etp):
+    if not _gathered(recipe, degrees, inventory):
         copies = 2 * shape.experts_per_token  # what a token's experts get and give
     else:
         copies = 0 if recompute == "selective" else degrees.ep  # everybody's tokens, or gathered again
     return inventory.sparse_share * copies * shape.hidden
+
+
+def _gathered(recipe: Recipe, degrees: Degrees, inventory: Inventory) -> bool:
+    """Whether ranks take the tokens of all ranks of their group for the experts they hold."""
+    dispatch = str(recipe.parallel.options.get("dispatch", "auto"))
+    return bool(inventory.experts) and degrees.ep > 1 and gathers(dispatch, degrees.ep, degrees.etp)
 
 
 # ------------------------------------------------------------------------------------------------ auto
@@ -224,6 +229,8 @@ def _reasons(
         yield "warning: parallel.sp = true has no effect where parallel.tp is 1: off"
     if section.vpp == 1:
         yield "warning: parallel.vpp = 1 has no effect"
+    if section.recompute == "selective" and not _gathered(recipe, degrees, inventory):
+        yield "warning: parallel.recompute = selective has no effect where no tokens are gathered for experts"
     if section.recompute == "auto":
         yield f"parallel.recompute = {chosen.recompute}: {_recompute_reason(cluster, chosen, total, budget)}"
     if cluster.memory and not chosen.fits:
