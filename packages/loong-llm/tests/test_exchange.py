@@ -317,10 +317,12 @@ def test_tokens_leave_before_they_are_routed_where_that_holds_up_nothing(apart: 
     ("options", "tokens", "pieces", "carrier"),
     [
         ({}, 7, 1, "Collectives"),
-        ({}, 8, 2, "Copies"),
-        ({"exchange_pieces": 1}, 8, 1, "Collectives"),
-        ({"exchange_pieces": 1, "exchange": "copies"}, 8, 1, "Copies"),
-        ({"exchange_pieces": 3}, 7, 3, "Copies"),
+        ({}, 8, 2, "Collectives"),
+        ({"exchange": "auto"}, 7, 1, "Collectives"),
+        ({"exchange": "auto"}, 8, 2, "Copies"),
+        ({"exchange": "auto", "exchange_pieces": 1}, 8, 1, "Collectives"),
+        ({"exchange": "copies", "exchange_pieces": 1}, 8, 1, "Copies"),
+        ({"exchange": "auto", "exchange_pieces": 3}, 7, 3, "Copies"),
     ],
 )
 def test_few_tokens_go_in_one_piece_by_collectives(
@@ -339,13 +341,16 @@ def test_few_tokens_go_in_one_piece_by_collectives(
 
         seen: list[list[Any]] = []
 
+        def between(group: Any, name: str, sum_parts: Any) -> Any:
+            return (transport.Collectives if name == "collectives" else Copies)(group)
+
         def noted(*args: Any) -> Any:
             share = args[4]
             seen.append([len(share.cuts(tokens)), type(share.transport).__name__])
             return exchange.exchange(*args)
 
         with (
-            mock.patch.object(transport, "between", lambda group, *_: Copies(group)),
+            mock.patch.object(transport, "between", between),
             mock.patch.object(moe, "exchange", noted),
             mock.patch.object(exchange, "MANY", 8),
         ):

@@ -37,7 +37,7 @@ class BuildContext:
     dropout: float = 0.0
     deterministic: bool = False
     dispatch: str = "auto"
-    exchange: TransportName = "auto"
+    exchange: TransportName = "collectives"
     exchange_pieces: int | None = None
 
 

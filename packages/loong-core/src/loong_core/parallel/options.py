@@ -23,10 +23,10 @@ class MegatronOptions(Section):
     dispatch: Literal["auto", "gather", "alltoall"] = "auto"
     """How tokens reach experts on other ranks: gather (all ranks of the group see all tokens; the experts are not cut)
     or alltoall (each token is sent per expert). auto: gather in groups of up to 8 ranks where experts are not cut."""
-    exchange: Literal["auto", "collectives", "copies"] = "auto"
+    exchange: Literal["auto", "collectives", "copies"] = "collectives"
     """With gather: what carries the tokens. collectives: NCCL's kernels, which take multiprocessors from what runs
-    beside them; copies: the copy engines of GPUs that see each other's memory. auto: copies where they can be, and
-    where there are several pieces."""
+    beside them; copies: the copy engines of GPUs that see each other's memory, no faster when last measured. auto:
+    copies where they can be, and where there are several pieces."""
     exchange_pieces: PositiveInt | None = None
     """With gather: the pieces in which tokens go to the experts and back. While one is computed another travels; more
     pieces are smaller products. null: 2 where a rank has 16,384 tokens or more, else 1."""
