@@ -12,7 +12,6 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any, Literal, Protocol
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -71,23 +70,20 @@ def between(group: Any, name: TransportName, sum_parts: SumParts) -> Transport:
     `auto` takes copies where all ranks of the group can read each other's GPU memory, and says once why not. Raises
     `Unsupported` where copies were asked for and cannot be.
     """
-    if name == "collectives" or torch.device(_device_of(group)).type != "cuda":
-        return _refused(group, name, "the group is not one of CUDA devices")
+    if name == "collectives":
+        return Collectives(group)
+    if dist.get_backend(group) != "nccl":
+        return _instead(group, name, "the group is not one of CUDA devices")
     from loong_core.parallel import peer_copies
 
     if reason := peer_copies.unavailable(group):
-        return _refused(group, name, reason)
+        return _instead(group, name, reason)
     log.info("tokens travel to experts of other ranks by copy engines")
     return peer_copies.PeerCopies(group, sum_parts)
 
 
-def _refused(group: Any, name: TransportName, reason: str) -> Collectives:
+def _instead(group: Any, name: TransportName, reason: str) -> Collectives:
     if name == "copies":
         raise Unsupported(f"parallel.options.exchange: copies is not possible here: {reason}. Use auto or collectives.")
-    if name == "auto" and dist.get_backend(group) == "nccl":
-        log.info("tokens travel to experts of other ranks by collectives: %s", reason)
+    log.info("tokens travel to experts of other ranks by collectives: %s", reason)
     return Collectives(group)
-
-
-def _device_of(group: Any) -> str:
-    return "cuda" if dist.get_backend(group) == "nccl" else "cpu"
