@@ -109,6 +109,31 @@ def test_plan_as_json_and_as_text(capsys: pytest.CaptureFixture[str]) -> None:
         assert part in text
 
 
+@pytest.mark.parametrize(("tp", "queues"), [(1, None), (2, "1")])
+def test_workers_get_the_environment_of_the_plan(tp: int, queues: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("loong_llm", reason="needs a real model family")
+    from loong_core import launch
+    from loong_core.backends import cpu
+    from loong_core.cli import train
+
+    found: list[dict[str, str]] = []
+
+    def noted(command: list[str], variables: dict[str, str], escalate: bool) -> int:
+        found.append(variables)
+        return 0
+
+    monkeypatch.setattr(launch, "_supervise", noted)
+    monkeypatch.setattr(train, "_prepare_data", lambda *_: 0)
+    monkeypatch.delitem(
+        cpu.ENVIRONMENT, "CUDA_DEVICE_MAX_CONNECTIONS"
+    )  # the backend's own; here the plan's is looked for
+    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
+    Path("absent").write_text('{"text": "hello"}\n')
+    words = [recipe(), "data.tokenizer={train: 300}", "launch.devices=2", f"parallel.tp={tp}", "backend=cpu"]
+    assert cli.run(["train", *words]) == 0
+    assert found[0].get("CUDA_DEVICE_MAX_CONNECTIONS") == queues
+
+
 def test_a_plan_needs_config_json_only(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("loong_llm", reason="needs a real model family")
     Path("hf").mkdir()

@@ -158,3 +158,7 @@ def test_compiling_has_no_effect_on_a_cpu() -> None:
     cluster = Cluster(backend="cpu", memory=GIB)
     found = plan(shape, recipe({"compile": True, "cuda_graph": True}), cluster, BF16)
     assert sum("no effect on the cpu backend" in reason for reason in found.reasons) == 2
+
+
+def test_collectives_go_before_graphs() -> None:
+    assert made().env == {"TORCH_NCCL_HIGH_PRIORITY": "1"}

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
 
 from loong_core.op_declarations import DECLARATIONS
-from loong_core.ops import choose
-from loong_core.plugins import load
-from loong_core.registry import Registry, resolve
-from loong_core.testing.contract import Contract
-from loong_core.types import OpRequest
+from loong_core.testing.no_gradient import NoGradientContract
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,17 +37,14 @@ class _State:
         return [part for whole in self.wholes.values() for part in (whole[: self.guard], whole[-self.guard :])]
 
 
-class AdamWContract(Contract):
+class AdamWContract(NoGradientContract):
     """Set `implementation`. `backend` and `device` are where it runs.
 
     The measure is the declaration's: largest |difference| / largest |definition in float64|, for the master weights and
     both moments, after a few steps.
     """
 
-    required: ClassVar[tuple[str, ...]] = ("implementation",)
-    implementation: ClassVar[str]
-    backend: ClassVar[str] = "cpu"
-    device: ClassVar[str] = "cpu"
+    op: ClassVar[str] = "adamw"
     sizes: ClassVar[tuple[int, ...]] = (1, 5, 1000, 4099)
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
@@ -62,18 +53,6 @@ class AdamWContract(Contract):
             metafunc.parametrize("size", self.sizes)
         if "kind" in metafunc.fixturenames:
             metafunc.parametrize("kind", ("float32", "remainder", "bfloat16", "narrow gradient"))
-
-    @cached_property
-    def function(self) -> Callable[..., None]:
-        """The implementation."""
-        return resolve(Registry(load()).get("ops", f"adamw.{self.implementation}").target)  # type: ignore[no-any-return]
-
-    def test_can_be_chosen(self) -> None:
-        """A recipe may name it, whatever the run's activations are."""
-        for dtype in ("float32", "bfloat16"):
-            request = OpRequest(backend=self.backend, dtype=dtype, degrees={"dp": 1}, fields={})
-            chosen = choose(Registry(load()).ops(), request, {"adamw": self.implementation})
-            assert chosen["adamw"].name == self.implementation
 
     def test_update(self, size: int, kind: str) -> None:
         """Master weights and moments of a few steps agree with the definition, and nothing beside them is written."""

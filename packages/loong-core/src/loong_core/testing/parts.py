@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar
 
 import pytest
 
 from loong_core.op_declarations import DECLARATIONS
-from loong_core.ops import choose
-from loong_core.plugins import load
-from loong_core.registry import Registry, resolve
-from loong_core.testing.contract import Contract
+from loong_core.testing.no_gradient import NoGradientContract
 from loong_core.testing.op import poisoned_memory
-from loong_core.types import OpRequest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,13 +18,10 @@ SHAPES = ((1, 5), (2, 7, 33), (3, 1), (4, 100, 128), (8, 4097), (2, 0, 3))
 """Parts, and what each of them is."""
 
 
-class PartsContract(Contract):
+class PartsContract(NoGradientContract):
     """Set `implementation`. `backend` and `device` are where it runs."""
 
-    required: ClassVar[tuple[str, ...]] = ("implementation",)
-    implementation: ClassVar[str]
-    backend: ClassVar[str] = "cpu"
-    device: ClassVar[str] = "cpu"
+    op: ClassVar[str] = "sum_parts"
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         """One test per dtype and shape."""
@@ -38,18 +29,6 @@ class PartsContract(Contract):
             metafunc.parametrize("dtype", DTYPES)
         if "shape" in metafunc.fixturenames:
             metafunc.parametrize("shape", SHAPES, ids=str)
-
-    @cached_property
-    def function(self) -> Callable[[Tensor, Tensor], None]:
-        """The implementation."""
-        return resolve(Registry(load()).get("ops", f"sum_parts.{self.implementation}").target)  # type: ignore[no-any-return]
-
-    def test_can_be_chosen(self) -> None:
-        """A recipe may name it, whatever the run's activations are."""
-        for dtype in ("float32", "bfloat16"):
-            request = OpRequest(backend=self.backend, dtype=dtype, degrees={"dp": 1}, fields={})
-            chosen = choose(Registry(load()).ops(), request, {"sum_parts": self.implementation})
-            assert chosen["sum_parts"].name == self.implementation
 
     def test_sums(self, dtype: str, shape: tuple[int, ...]) -> None:
         """Rounded once, whatever lay in the output, and without touching what lies beside it or the parts."""

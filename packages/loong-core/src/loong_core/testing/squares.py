@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import cached_property
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 import pytest
 
 from loong_core.op_declarations import DECLARATIONS
-from loong_core.ops import choose
-from loong_core.plugins import load
-from loong_core.registry import Registry, resolve
-from loong_core.testing.contract import Contract
+from loong_core.testing.no_gradient import NoGradientContract
 from loong_core.testing.op import poisoned_memory
-from loong_core.types import OpRequest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,13 +19,10 @@ CUTS = (0, 1, 8, 8, 1000, 40_003, 40_010, 140_000)
 """Where tensors begin and end that share a buffer."""
 
 
-class SquaresContract(Contract):
+class SquaresContract(NoGradientContract):
     """Set `implementation`. `backend` and `device` are where it runs."""
 
-    required: ClassVar[tuple[str, ...]] = ("implementation",)
-    implementation: ClassVar[str]
-    backend: ClassVar[str] = "cpu"
-    device: ClassVar[str] = "cpu"
+    op: ClassVar[str] = "sum_of_squares"
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         """One test per mixture of dtypes, and per number that is not finite."""
@@ -38,18 +30,6 @@ class SquaresContract(Contract):
             metafunc.parametrize("dtypes", DTYPES, ids="-".join)
         if "value" in metafunc.fixturenames:
             metafunc.parametrize("value", ("inf", "-inf", "nan"))
-
-    @cached_property
-    def function(self) -> Callable[[Sequence[Tensor], str], Tensor]:
-        """The implementation."""
-        return resolve(Registry(load()).get("ops", f"sum_of_squares.{self.implementation}").target)  # type: ignore[no-any-return]
-
-    def test_can_be_chosen(self) -> None:
-        """A recipe may name it, whatever the run's activations are."""
-        for dtype in ("float32", "bfloat16"):
-            request = OpRequest(backend=self.backend, dtype=dtype, degrees={"dp": 1}, fields={})
-            chosen = choose(Registry(load()).ops(), request, {"sum_of_squares": self.implementation})
-            assert chosen["sum_of_squares"].name == self.implementation
 
     def test_separate_tensors(self, dtypes: tuple[str, ...]) -> None:
         """Of any sizes, dtypes and shapes, with a gradient or without."""
