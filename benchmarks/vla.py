@@ -195,7 +195,7 @@ def _recipe(
         "parallel": {"recompute": "none"},
         "optim": CONSTANT,
         "backend": options.backend,
-        "precision": options.precision,
+        **({"precision": options.precision} if options.precision else {}),
         "launch": {"devices": options.world},
         "checkpoint": {"every": None, "export": None, "resume": "never"},
         "log": {"to": ["jsonl"]},
@@ -362,7 +362,7 @@ def parse(rows: Mapping[str, Row], description: str | None) -> argparse.Namespac
     parser.add_argument("--peer-path", type=Path, action="append", default=[], help="a folder with LeRobot's packages")
     parser.add_argument("--revision", help="commit to record, where this is a copy without a repository")
     parser.add_argument("--backend", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--precision", default="bf16")
+    parser.add_argument("--precision", help="a precision policy; by default the recipe's")
     parser.add_argument("--tiny", action="store_true", help="small layers and small images, to try the script")
     options = parser.parse_args()
     options.rows = [name for name in options.rows.split(",") if name]
