@@ -35,27 +35,30 @@ class Balance:
         self.groups = [group for group in groups if group is not None and group.size() > 1]
         self.loss_group = loss_group if loss_group is not None and loss_group.size() > 1 else None
         self.valid: Tensor | None = None
-        self._seen: dict[int, Tensor] = {}
+        self._rows: Tensor | int | None = None
+        self._seen: dict[int, tuple[Tensor, Tensor]] = {}
         self.slope: Tensor | None = None
         self.weight: Tensor | None = None
 
     def start(self, valid: Tensor | None) -> None:
         """Begin a micro-batch. `valid` [tokens on this rank] marks what counts, in the routers' order; None: all."""
         self.valid, self.slope, self.weight = valid, None, None
+        self._rows = None if valid is None else valid.sum()
         self._seen.clear()
 
     def record(self, layer: int, routing: Routing) -> None:
-        """Statistics of one layer. A recomputed layer counts once."""
-        if layer in self._seen:
-            return
-        tokens = routing.experts.shape[0]
-        rows = routing.sums.new_full((1,), tokens) if self.valid is None else self.valid.sum()[None]
-        self._seen[layer] = torch.cat([routing.counts.float(), routing.sums.float(), rows.float()])
+        """Statistics of one layer. A recomputed layer counts once. Nothing is computed here: the layer's experts wait."""
+        if self._rows is None:
+            self._rows = len(routing.experts)
+        self._seen.setdefault(layer, (routing.counts, routing.sums))
 
     def close(self, output: Tensor) -> Tensor:
         """The loss of the micro-batch, coefficient applied: a scalar that hangs on `output`, the same on every rank."""
+        seen = [self._seen[layer] for layer in sorted(self._seen)]
         # float64: the counts of a long batch over many layers exceed what float32 adds exactly
-        total = torch.stack([self._seen[layer] for layer in sorted(self._seen)]).double().sum(0)
+        counts, sums = (torch.stack(part).double().sum(0) for part in zip(*seen, strict=True))
+        assert self._rows is not None, "a layer was recorded"
+        total = torch.cat([counts, sums, counts.new_ones(1) * (self._rows * len(seen))])
         for group in self.groups:
             dist.all_reduce(total, group=group)
         counts, sums, rows = total.split([self.experts, self.experts, 1])
