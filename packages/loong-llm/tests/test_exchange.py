@@ -195,9 +195,9 @@ def test_the_next_piece_travels_while_one_is_computed() -> None:
     begin = log.index("compute") - 3
     backward = ["gather", "gather", "wait for gather", "compute", "scatter", "wait for gather", "compute", "scatter"]
     assert log[begin : begin + len(backward)] == backward
-    # The choice of experts; two pieces of tokens and the weights. What the first piece gave leaves before the second is
-    # waited for.
-    forward = ["gather", "wait for gather", *["gather"] * 3]
+    # The choice of experts, and their weights, which are not waited for yet; two pieces of tokens. What the first piece
+    # gave leaves before the second is waited for.
+    forward = ["gather", "gather", "wait for gather", "gather", "gather"]
     forward += ["wait for gather", "wait for gather", "scatter", "wait for gather", "scatter"]
     assert log[: len(forward)] == forward
 

@@ -67,12 +67,14 @@ def exchange(
     """hidden [t,n] -> [t,n], the sum of what every rank's `compute` adds to a token. `weights` [t,k] are those of the
     experts chosen for it, `chosen` [t,k]; both of this rank's tokens, as `hidden`. `parameters` are what `compute`
     trains. `arriving` is what `start` gave, where it was called. All ranks have the same number of tokens."""
-    everywhere, here = Collectives(share.group).gather(chosen.int())
+    small = Collectives(share.group)
+    everywhere, here = small.gather(chosen.int())
+    weighed = small.gather(weights.detach())  # at once, because the choice is worked on while they come
     here.wait()
     held = everywhere.div(share.experts, rounding_mode="floor") == share.group.rank()
     pairs = Fetched(held.sum((0, 2), dtype=torch.int32))
     keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (hidden, weights, *parameters))
-    step = _Step(share, share.cuts(len(hidden)), everywhere, pairs, compute, keep)
+    step = _Step(share, share.cuts(len(hidden)), everywhere, weighed, pairs, compute, keep)
     output: Tensor = _Exchange.apply(step, arriving, hidden, weights, *parameters)
     return output
 
@@ -107,12 +109,14 @@ class Share(NamedTuple):
 
 
 class _Step(NamedTuple):
-    """What an exchange needs beside the tensors that autograd follows: `chosen` [r,t,k] are everyone's, `pairs` [t] how
-    many of them are held here at each place of a rank's tokens. `keep` is whether there will be a backward."""
+    """What an exchange needs beside the tensors that autograd follows. `chosen` [r,t,k] are everyone's, and so are
+    `weights` [r,t,k] once their handle was waited for; `pairs` [t] are how many are held here at each place of a rank's
+    tokens. `keep` is whether there will be a backward."""
 
     share: Share
     cuts: list[tuple[int, int]]
     chosen: Tensor
+    weights: tuple[Tensor, Handle]
     pairs: Fetched
     compute: Compute
     keep: bool
@@ -129,7 +133,7 @@ class _Exchange(torch.autograd.Function):
         ctx: Any, step: _Step, arriving: Arriving | None, hidden: Tensor, weights: Tensor, *parameters: Tensor
     ) -> Tensor:
         share = step.share
-        everyones, weighed = Collectives(share.group).gather(weights)
+        everyones, weighed = step.weights
         if arriving is None:
             arriving = start(hidden, share)
         output = _room(hidden)

@@ -47,7 +47,7 @@ class Balance:
         self._seen.clear()
 
     def record(self, layer: int, routing: Routing) -> None:
-        """Statistics of one layer. A recomputed layer counts once. Nothing is computed here: the layer's experts wait."""
+        """Keep the statistics of one layer; nothing is computed, its experts wait. A recomputed layer counts once."""
         if self._rows is None:
             self._rows = len(routing.experts)
         self._seen.setdefault(layer, (routing.counts, routing.sums))
