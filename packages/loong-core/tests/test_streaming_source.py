@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -163,7 +164,8 @@ def running(folder: Path, every: int | None, **sections: Any) -> Any:
     events = SimpleNamespace(step_end=lambda run, metrics: None)
     registry = SimpleNamespace(events=events, get=lambda kind, name: ROBOT)
     plan = ParallelPlan(planner="torch", world=4, dp=4)
-    return SimpleNamespace(recipe=recipe, folder=folder, step=0, task=FLOW, registry=registry, plan=plan, rank=3)
+    where = {"plan": plan, "rank": 3, "is_main": False}
+    return SimpleNamespace(recipe=recipe, folder=folder, step=0, task=FLOW, registry=registry, **where)
 
 
 class Engine:
@@ -185,9 +187,9 @@ class Report:
     def __init__(self) -> None:
         self.rows: list[dict[str, Any]] = []
 
-    def step(self, run: Any, metrics: dict[str, Any], data: Frames) -> bool:
+    def step(self, run: Any, metrics: dict[str, Any], data: Frames, stop: bool = False) -> bool:
         self.rows.append(dict(metrics, step=run.step))
-        return data.problem() is not None
+        return stop or data.problem() is not None
 
 
 def held(run: Any) -> tuple[Checkpoints, list[int]]:
@@ -209,6 +211,27 @@ def test_data_that_gives_out_ends_the_run_after_a_checkpoint(tmp_path: Path, eve
         loop.train(going, Engine(), frames, checkpoints, report)  # type: ignore[arg-type]
     assert [row["step"] for row in report.rows] == [1, 2, 3]
     assert saved == ([2, 3, -1] if every else [-1])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_the_run_after_its_step_and_a_checkpoint(tmp_path: Path, number: signal.Signals) -> None:
+    before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+
+    class Told(Engine):
+        def step(self, lr: float) -> float:
+            if going.step == 1:
+                signal.raise_signal(number)
+                signal.raise_signal(number)  # a scheduler may tell the launcher and every process beneath it
+            return 1.0
+
+    going, report = running(tmp_path, 4), Report()
+    checkpoints, saved = held(going)
+    with pytest.raises(
+        RunError, match=f"Interrupted by {number.name}. The run stopped after step 2, which is saved in"
+    ):
+        loop.train(going, Told(), Frames(), checkpoints, report)  # type: ignore[arg-type]
+    assert [row["step"] for row in report.rows] == [1, 2] and saved == [2, -1]
+    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == before
 
 
 def test_a_task_adds_figures_to_an_evaluation(tmp_path: Path) -> None:

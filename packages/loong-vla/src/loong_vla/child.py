@@ -53,8 +53,9 @@ class _Records(logging.Handler):
 
 def main(file: int) -> None:
     """Answer until the input ends."""
-    # Ctrl-C is the training process's to act on, which then ends this one.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # What asks the run to end is the training process's to act on: it finishes its step, for which it needs this one.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     answers, messages = Answers(), Messages()
     logging.getLogger().addHandler(_Records(answers))
     logging.captureWarnings(True)

@@ -178,11 +178,8 @@ class Child:
     def close(self) -> None:
         """End the process, which holds nothing that could be lost."""
         self._closed = True
-        self.process.terminate()
-        try:
-            self.process.wait(PATIENCE)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
+        self.process.kill()
+        self.process.wait()
         self._reader.join(PATIENCE)
         for pipe in (self.process.stdin, self.process.stdout):
             assert pipe is not None
@@ -240,6 +237,6 @@ class Children:
     def close(self) -> None:
         """End them."""
         for child in self._children:
-            child.process.terminate()
+            child.process.kill()
         for child in self._children:
             child.close()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from loong_core.errors import RunError
 from loong_core.registry import resolve
 from loong_core.train.checkpoints import FOLDER
+from loong_core.train.interruption import Interruption
 from loong_core.train.profile import profiled
 from loong_core.train.schedule import learning_rate
 
@@ -24,38 +25,43 @@ if TYPE_CHECKING:
 def train(run: Run, engine: Engine, data: Batches, checkpoints: Checkpoints, report: Reporter) -> None:
     """Train from `run.step` to the recipe's last step. `run.step` counts finished optimizer steps."""
     steps = run.recipe.run.steps
-    while run.step < steps:
-        began = time.perf_counter()
-        with profiled(run):
-            batches = data.batches(run.step)
-            data_seconds = time.perf_counter() - began
+    with Interruption(say=run.is_main) as interruption:
+        while run.step < steps:
+            began = time.perf_counter()
+            with profiled(run):
+                batches = data.batches(run.step)
+                data_seconds = time.perf_counter() - began
 
-            coming = partial(data.coming, run.step + 1) if run.step + 1 < steps else None
-            losses = engine.forward_backward(batches, run.step, coming)
-            _require_finite(run, "loss", losses["loss"])
-            lr = learning_rate(run.recipe.optim, run.step + 1, steps)
-            norm = engine.step(lr)
-            _require_finite(run, "gradient norm", norm)
-        run.step += 1
+                coming = partial(data.coming, run.step + 1) if run.step + 1 < steps else None
+                losses = engine.forward_backward(batches, run.step, coming)
+                _require_finite(run, "loss", losses["loss"])
+                lr = learning_rate(run.recipe.optim, run.step + 1, steps)
+                norm = engine.step(lr)
+                _require_finite(run, "gradient norm", norm)
+            run.step += 1
 
-        metrics: dict[str, Any] = dict(losses, grad_norm=norm, lr=lr, data_seconds=data_seconds)
-        metrics["step_seconds"] = time.perf_counter() - began
-        if _evaluation_due(run):
-            metrics["eval_loss"] = evaluate(run, engine, data)
-            if run.task.evaluate is not None:
-                metrics.update(resolve(run.task.evaluate, f"task {run.task.name}")(run, engine, data))
-        stop = report.step(run, metrics, data)
-        run.registry.events.step_end(run, metrics)
-        if checkpoints.due(run.step):
-            checkpoints.save(run, engine, data)
-        if stop:
-            _stop(run, engine, data, checkpoints)
+            metrics: dict[str, Any] = dict(losses, grad_norm=norm, lr=lr, data_seconds=data_seconds)
+            metrics["step_seconds"] = time.perf_counter() - began
+            if _evaluation_due(run):
+                metrics["eval_loss"] = evaluate(run, engine, data)
+                if run.task.evaluate is not None:
+                    metrics.update(resolve(run.task.evaluate, f"task {run.task.name}")(run, engine, data))
+            stop = report.step(run, metrics, data, interruption.received is not None)
+            run.registry.events.step_end(run, metrics)
+            if checkpoints.due(run.step):
+                checkpoints.save(run, engine, data)
+            if stop:
+                _stop(run, engine, data, checkpoints, interruption)
 
 
-def _stop(run: Run, engine: Engine, data: Batches, checkpoints: Checkpoints) -> NoReturn:
-    """End the run because of its data, on every rank, with everything learned so far on disk."""
+def _stop(run: Run, engine: Engine, data: Batches, checkpoints: Checkpoints, interruption: Interruption) -> NoReturn:
+    """End the run because of its data or of a signal, on every rank, with everything learned so far on disk."""
     checkpoints.finish(run, engine, data)
-    reason = data.problem() or "The data of another rank cannot be used any further; its log says why."
+    reason = data.problem()
+    if reason is None and interruption.received is not None:
+        reason = f"Interrupted by {interruption.received.name}."
+    if reason is None:
+        reason = "Another rank was interrupted, or cannot use its data any further; its log says why."
     saved = f"is saved in {run.folder / FOLDER}, and the same command continues from there"
     if run.recipe.checkpoint.every is None:
         saved = "is not saved, because checkpoint.every is null"

@@ -270,17 +270,17 @@ class Reporter:
         log, counts = run.recipe.log, run.task.counts
         return Watch(run.recipe.run.name, run.step, run.recipe.run.steps, log.every, counts=counts)
 
-    def step(self, run: Run, metrics: Mapping[str, Any], data: Batches) -> bool:
+    def step(self, run: Run, metrics: Mapping[str, Any], data: Batches, stop: bool = False) -> bool:
         """Report the step that `run.step` now counts. Collective: every rank calls it.
 
-        Returns whether the data of any rank has a problem that ends the run.
+        Returns whether the run ends here: with `stop` on any rank, or a problem of its data.
         """
         from loong_core.train.memory_use import fullest_rank
 
         startup, self._startup = self._startup, None
         if startup is not None:
             startup.mark(FIRST_STEP)
-        memory, stop = fullest_rank(run.device, data.problem() is not None, self._idle_bytes())
+        memory, stop = fullest_rank(run.device, stop or data.problem() is not None, self._idle_bytes())
         if not self._sinks:
             return stop
         done = row(
