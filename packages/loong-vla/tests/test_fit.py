@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 
 from loong_core.recipe_load import from_mapping
 from loong_core.types import ModelShape
+from loong_vla.check import report
 from loong_vla.fit import fit
 from loong_vla.lerobot.generate import generate
 from loong_vla.lerobot.layout import Dataset
@@ -123,6 +125,64 @@ def test_ranges_of_nothing(dataset: Dataset) -> None:
     assert "{action: min_max}" in found[0]
     assert _fit(long, _pi05(), statistics="compute", normalise={"action": "min_max"}) == []
     assert _fit(long, _groot(), statistics="compute") == []
+
+
+def _edit_statistics(dataset: Dataset, change: Any) -> None:
+    """Apply `change` to the statistics of `action`, of every episode where they are by episode."""
+    if dataset.version == "v3.0":
+        file = dataset.root / "meta" / "stats.json"
+        whole = json.loads(file.read_text())
+        change(whole["action"])
+        file.write_text(json.dumps(whole))
+        return
+    file = dataset.root / "meta" / "episodes_stats.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    for row in rows:
+        change(row["stats"]["action"])
+    file.write_text("\n".join(json.dumps(row) for row in rows))
+
+
+@pytest.mark.parametrize("normalise", ["quantiles", "min_max", "mean_std"])
+def test_statistics_that_say_a_number_never_changes_which_does(dataset: Dataset, normalise: str) -> None:
+    def change(entry: dict[str, Any]) -> None:
+        for key in {"min", "max", "q01", "q99"} & set(entry):
+            entry[key][2] = 0.5
+
+    _edit_statistics(dataset, change)
+    found = _fit(dataset, _pi05(), normalise={"action": normalise})
+    if dataset.version == "v2.1" and normalise == "quantiles":  # they are absent there, and computed
+        assert found == []
+        return
+    assert len(found) == 1 and "one value in dimension 2 (joint_2), but the rows differ there" in found[0]
+    assert str(dataset.root / "meta") in found[0] and "data.options.statistics: compute" in found[0]
+    assert _fit(dataset, _pi05(), statistics="compute", normalise={"action": normalise}) == []
+    assert any("one value in dimension 2" in note for note in report(dataset.root, thorough=True)["notes"])
+
+
+def test_a_number_that_never_changes_is_fine(dataset: Dataset) -> None:
+    def still(action: np.ndarray) -> None:
+        action[:, 2] = 0.5
+
+    def change(entry: dict[str, Any]) -> None:
+        for key in {"min", "max", "q01", "q99"} & set(entry):
+            entry[key][2] = 0.5
+
+    _set_action(dataset, still)
+    _edit_statistics(dataset, change)
+    assert _fit(dataset, _pi05()) == []
+
+
+def test_one_episode_cannot_be_held_out_of_one(dataset: Dataset) -> None:
+    data = {"source": "lerobot", "path": str(dataset.root), "options": {"episodes": [1]}}
+    assert fit(from_mapping({"data": data}), _pi05(), {}) == []
+    (found,) = fit(from_mapping({"data": {**data, "eval": {}}}), _pi05(), {})
+    assert "one episode cannot be split" in found and "data.eval.path" in found
+
+
+def test_statistics_of_a_policy_that_has_none(dataset: Dataset) -> None:
+    for shape in (_pi05(), _groot()):
+        (found,) = _fit(dataset, shape, statistics="policy")
+        assert found.startswith("data.options.statistics:") and "auto" in found
 
 
 def test_held_out_data_of_another_robot(dataset: Dataset, tmp_path: Path) -> None:

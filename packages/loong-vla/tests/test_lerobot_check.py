@@ -166,6 +166,62 @@ def test_statistics_of_another_shape(dataset: Dataset) -> None:
     assert ["statistics", "none; training computes them"] in report(dataset.root)["facts"]
 
 
+def test_statistics_of_another_size_in_one_episode(tmp_path: Path) -> None:
+    dataset = generate(tmp_path / "data", "v2.1", frames=[6, 9, 4])
+    file = dataset.root / "meta" / "episodes_stats.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    rows[1]["stats"]["action"]["max"].pop()
+    rows[2]["stats"]["action"]["mean"][0] = float("nan")
+    file.write_text("\n".join(json.dumps(row) for row in rows))
+    problems = check(dataset.root)
+    assert len(problems) == 2 and all(str(file) in text for text in problems)
+    assert "episode 1: statistics of `action`: `max` has shape [6], in most episodes [7]" in problems[0]
+    assert "episode 2: statistics of `action`: `mean` is not finite" in problems[1]
+
+
+def test_statistics_of_another_size_are_reported_and_not_tripped_over(tmp_path: Path) -> None:
+    dataset = generate(tmp_path / "data", frames=[6, 9])
+    file = dataset.root / "meta" / "stats.json"
+    statistics = json.loads(file.read_text())
+    statistics["action"]["q01"] = statistics["action"]["q01"][:5]
+    file.write_text(json.dumps(statistics))
+    for thorough in (False, True):
+        assert "`q01` has 5 numbers, the feature 7" in report(dataset.root, thorough=thorough)["problems"][0]
+
+
+def test_tasks_without_a_text(dataset: Dataset) -> None:
+    assert not any("empty text" in note for note in report(dataset.root)["notes"])
+    for text in ("", None):
+        if dataset.version == "v3.0":
+            table = pa.table({"task_index": [0], "task": pa.array([text], pa.string())})
+            pq.write_table(table, dataset.root / "meta" / "tasks.parquet")
+        else:
+            (dataset.root / "meta" / "tasks.jsonl").write_text(json.dumps({"task_index": 0, "task": text}))
+        if text is not None:
+            assert "task 0 is an empty text: the policy has no instruction there." in report(dataset.root)["notes"]
+        else:
+            (problem,) = check(dataset.root)
+            assert "meta/tasks." in problem and "task 0 has no text" in problem
+
+
+def test_cameras_that_are_not_used_need_no_files(dataset: Dataset) -> None:
+    (dataset.root / dataset.episodes[1].clips[FRONT].file).unlink()
+    assert check(dataset.root, {"cameras": [WRIST]}) == check(dataset.root, {"cameras": {"a": WRIST, "b": None}}) == []
+    assert check(dataset.root) and check(dataset.root, {"cameras": [FRONT, WRIST]})
+
+
+def test_a_missing_file_is_said_once(dataset: Dataset) -> None:
+    (dataset.root / dataset.episodes[1].data).unlink()
+    (dataset.root / dataset.episodes[1].clips[FRONT].file).unlink()
+    assert len(report(dataset.root, thorough=True)["problems"]) == 2
+
+
+def test_a_picture_that_cannot_be_written(dataset: Dataset, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="cannot be written"):
+        report(dataset.root, picture=tmp_path / "file" / "sheet.png")
+
+
 def test_many_problems_of_a_kind_are_counted(tmp_path: Path) -> None:
     dataset = generate(tmp_path / "data", "v2.1", episodes=14, frames=2, cameras={FRONT: (32, 32)})
     for episode in dataset.episodes[:13]:

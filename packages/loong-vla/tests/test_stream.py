@@ -227,10 +227,16 @@ def test_cameras_of_the_policy_are_found_by_their_last_name(opened: Open) -> Non
     visual = {f"observation.images.{name}": {"type": "VISUAL"} for name in ("wrist", "front", "empty_camera_0")}
     found = opened(config={"input_features": visual}).processing.cameras
     assert [camera.feature for camera in found] == ["observation.images.wrist", "observation.images.front", None]
-    mapped = opened(
-        config={"input_features": visual}, cameras={"observation.images.front": "observation.images.wrist"}
-    ).processing.cameras
+    given = {"observation.images.front": "observation.images.wrist", "observation.images.wrist": None}
+    mapped = opened(config={"input_features": visual}, cameras=given).processing.cameras
     assert [camera.feature for camera in mapped] == [None, "observation.images.wrist", None]
+
+
+@pytest.mark.parametrize("cameras", [{"observation.images.front": "observation.images.wrist"}, [None]])
+def test_a_camera_that_the_options_leave_out_is_an_error(opened: Open, cameras: Any) -> None:
+    visual = {f"observation.images.{name}": {"type": "VISUAL"} for name in ("front", "wrist", "empty_camera_0")}
+    with pytest.raises(DataError, match=r"cameras says nothing of observation.images.wrist.* or null where"):
+        opened(config={"input_features": visual}, cameras=cameras)
 
 
 def test_statistics_are_computed_where_they_are_absent(opened: Open, data: Dataset, tmp_path: Path) -> None:

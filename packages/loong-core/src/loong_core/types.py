@@ -180,9 +180,9 @@ class DataSource:
 
     `reader(path, options) -> Iterator[Row]`; `check(path, options) -> list of problems` looks at the files without a
     tensor library and without reading all of them. `path` is `data.path` as given: a path, a list of them, or None. A
-    reader may yield a `loong_core.data.rows.BadRow` for a record it cannot read. `files(path, options) -> list of Path`
-    names the files read (None: every file below `path`); the cache of tokenised data is valid as long as they do not
-    change.
+    reader may yield a `loong_core.data.rows.BadRow` for a record it cannot read. `remedy` is what to do about files
+    that `check` finds wrong. `files(path, options) -> list of Path` names the files read (None: every file below
+    `path`); the cache of tokenised data is valid as long as they do not change.
 
     A source of anything but rows of text has a `stream(run, replica) -> loong_core.train.batches.Batches` instead of a
     reader: it makes the batches of data-parallel rank `replica` itself, and nothing is tokenised ahead. Two more
@@ -204,6 +204,7 @@ class DataSource:
     fit: Ref | None = None
     report: Ref | None = None
     claims: Ref | None = None
+    remedy: str = ""
     summary: str = ""
 
 

@@ -33,9 +33,12 @@ def check_source(recipe: Recipe, registry: Registry, findings: Findings, purpose
         if check is None or (path is None and findings.suspect("data")):
             continue
         with findings.at(key):
-            remedy = f"Set {key} to what the source {source.name} reads, or choose another data.source."
+            other = f"Set {key} to what the source {source.name} reads, or choose another data.source."
             texts = [str(text).replace("`data.path`", f"`{key}`").rstrip(". ") for text in check(path, options)]
-            findings.absorb(key, [f"{text}. {remedy}" for text in texts])
+            for text in texts:
+                # What is wrong with the source's own options is no fault of the files.
+                remedy = "" if text.startswith("data.options.") else f" {source.remedy or other}"
+                findings.absorb(key, [f"{text}.{remedy}"])
     return source
 
 

@@ -31,10 +31,17 @@ def check(path: Any, options: Any = None) -> list[str]:
         return error.problems
     problems = examine.Problems()
     problems.add("features", feature_problems(dataset, settings))
-    examine.structure(dataset, episodes, problems)
+    examine.structure(dataset, episodes, problems, cameras_of(dataset, settings))
     if not problems.texts() and sum(item.length for item in episodes) <= READ_ROWS:
         examine.rows(dataset, episodes, problems)
     return problems.texts()
+
+
+def cameras_of(dataset: Dataset, settings: RobotOptions) -> list[str]:
+    """The dataset's cameras that the options name; all of them where they name none."""
+    wanted = settings.cameras
+    names = wanted.values() if isinstance(wanted, Mapping) else wanted
+    return list(dataset.cameras) if names is None else [name for name in dataset.cameras if name in set(names)]
 
 
 def chosen(dataset: Dataset, settings: RobotOptions) -> list[Episode]:
@@ -94,9 +101,10 @@ def report(path: Any, options: Any = None, thorough: bool = False, picture: Path
     notes: list[str] = []
     decoded: Mapping[str, int] = {}
     if thorough:
-        examine.rows(dataset, episodes, problems)
+        # What lies in files that cannot be opened has been said.
+        examine.rows(dataset, [item for item in episodes if item.data in heads.rows], problems)
         frames = sum(item.length for item in episodes) * len(dataset.cameras)
-        decoded = examine.pictures(dataset, episodes, problems, settings.tolerance, frames <= _DECODED_FRAMES)
+        decoded = examine.pictures(dataset, episodes, heads, problems, settings.tolerance, frames <= _DECODED_FRAMES)
     notes += _notes(dataset, episodes, settings, thorough and not problems.texts())
     if picture is not None:
         from loong_vla.lerobot.sheet import contact_sheet
@@ -149,35 +157,57 @@ def _notes(dataset: Dataset, episodes: Sequence[Episode], settings: RobotOptions
     """What a user should know that is no error: dimensions without range, statistics of other data, depth maps."""
     names = [name for name in (settings.state, settings.action) if name in dataset.features]
     result = [f"{name} is a depth map and not read." for name, feature in dataset.features.items() if feature.depth]
+    if empty := [str(number) for number, task in dataset.tasks.items() if not task.strip()]:
+        result.append(f"task {', '.join(empty[:5])} is an empty text: the policy has no instruction there.")
+    if any(examine.statistics_problems(dataset)):
+        return result
     try:
         given = dataset.statistics
         found = _computed(dataset, episodes, names) if compare else {}
     except DataError:
         return result
     for name in names:
-        entry = found.get(name) or (given or {}).get(name)
-        for low, high in (("min", "max"), ("q01", "q99")) if entry else ():
-            assert entry is not None
-            if low not in entry or high not in entry:
-                continue
-            moving, still = examine.flat_dimensions(entry, low, high)
-            if still and low == "min":
-                result.append(f"`{name}` never changes in {dimensions(dataset.features[name], still)}.")
-            if moving:
-                which = dimensions(dataset.features[name], moving)
-                result.append(
-                    f"`{name}` has the same {low} and {high} in {which}, yet other values occur: normalised by them, "
-                    "those would be huge. Normalise by min_max or mean_std (data.options.normalise)."
-                )
+        stored = (given or {}).get(name, {})
+        if stored and name in found:
+            result += stale(dataset.features[name], stored, found[name], dataset)
+        result += _ranges(dataset.features[name], found.get(name, {}), stored)
         if name in found and given is not None and name in given and "mean" in given[name]:
             result += _foreign(name, given[name], found[name])
     return result
+
+
+def _ranges(feature: Feature, found: Mapping[str, Any], stored: Mapping[str, Any]) -> Iterator[str]:
+    """Notes on dimensions that never change, by the rows where they were read, and on those that do and yet have no
+    range to normalise by, in the rows or in `meta`."""
+    real = found or stored
+    if "min" in real and "max" in real and (still := examine.flat_dimensions(real, "min", "max")[1]):
+        yield f"`{feature.name}` never changes in {dimensions(feature, still)}."
+    for low, high in (("min", "max"), ("q01", "q99")):
+        flat = [examine.flat_dimensions(each, low, high)[0] for each in (stored, found) if low in each and high in each]
+        if moving := sorted({number for numbers in flat for number in numbers}):
+            yield (
+                f"`{feature.name}` has the same {low} and {high} in {dimensions(feature, moving)}, yet other values "
+                "occur: normalised by them, those would be huge. Normalise by min_max or mean_std "
+                "(data.options.normalise)."
+            )
 
 
 def _computed(dataset: Dataset, episodes: Sequence[Episode], names: Sequence[str]) -> Mapping[str, Any]:
     from loong_vla.lerobot.statistics import compute
 
     return compute(dataset, names, episodes=[item.index for item in episodes]) if episodes and names else {}
+
+
+def stale(feature: Feature, given: Mapping[str, Any], found: Mapping[str, Any], dataset: Dataset) -> list[str]:
+    """What is wrong where the statistics in `meta` say that a dimension never changes and the rows say it does."""
+    if not all(key in entry for entry in (given, found) for key in ("min", "max")):
+        return []
+    claimed = (given["max"] == given["min"]).ravel() & (found["max"] > found["min"]).ravel()
+    if not claimed.any():
+        return []
+    which = dimensions(feature, claimed.nonzero()[0].tolist())
+    where = f"`{dataset.root / 'meta'}`: the statistics of `{feature.name}` have one value in {which}"
+    return [f"{where}, but the rows differ there. data.options.statistics: compute takes the rows' own."]
 
 
 def _foreign(name: str, given: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:

@@ -7,7 +7,7 @@ A policy's `config.json` (LeRobot's or OpenPI's) decides; a GR00T base model add
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -110,11 +110,13 @@ def cameras(policy: Policy, robot: Robot) -> tuple[Camera, ...]:
                 f"data.options.cameras: the policy has no camera {', '.join(unknown)}; it has {', '.join(names)}."
                 f"{did_you_mean(unknown[0], names)}"
             )
+        _all_named(names, found)
         found = {name: found.get(name) for name in names or found}
     elif chosen is not None:
         if names and len(chosen) > len(names):
             raise DataError(f"data.options.cameras lists {len(chosen)}, but the policy has only {', '.join(names)}.")
         keys = names or [name or f"camera {number}" for number, name in enumerate(chosen)]
+        _all_named(names, keys[: len(chosen)])
         found = dict(zip(keys, [*chosen, *[None] * (len(keys) - len(chosen))], strict=True))
     elif names:
         found = {name: _alike(name, list(robot.cameras)) for name in names}
@@ -139,6 +141,14 @@ def cameras(policy: Policy, robot: Robot) -> tuple[Camera, ...]:
         Camera(name, feature, any(token in (text or "").lower() for token in tokens for text in (name, feature)))
         for name, feature in found.items()
     )
+
+
+def _all_named(names: Sequence[str], given: Collection[str]) -> None:
+    if silent := [name for name in names if name not in given and "empty_camera" not in name]:
+        raise DataError(
+            f"data.options.cameras says nothing of {', '.join(silent)}, which the policy has too. Name the dataset's "
+            "camera for it, or null where this robot has none."
+        )
 
 
 def _named_cameras(config: Mapping[str, Any]) -> list[str]:

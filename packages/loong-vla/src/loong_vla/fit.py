@@ -14,7 +14,7 @@ from loong_core.errors import DataError, UserError
 from loong_core.recipe import Recipe
 from loong_core.types import ModelShape
 from loong_vla import normalise
-from loong_vla.check import READ_ROWS, chosen, dimensions, feature_problems
+from loong_vla.check import READ_ROWS, chosen, dimensions, feature_problems, stale
 from loong_vla.families import Policy, cameras, needed
 from loong_vla.lerobot import statistics as computing
 from loong_vla.lerobot.examine import flat_dimensions
@@ -22,6 +22,7 @@ from loong_vla.lerobot.layout import Dataset, Episode, open_dataset
 from loong_vla.lerobot.source import folder_of, options_of
 from loong_vla.options import RobotOptions
 from loong_vla.processing import Robot
+from loong_vla.sequence import held_out
 
 
 def fit(recipe: Recipe, shape: ModelShape, config: Mapping[str, Any]) -> list[str]:
@@ -42,7 +43,12 @@ def fit(recipe: Recipe, shape: ModelShape, config: Mapping[str, Any]) -> list[st
         problems = _of_dataset(dataset, chosen(dataset, settings), policy)
         if recipe.data.eval is not None and recipe.data.eval.path is not None:
             other = open_dataset(folder_of(recipe.data.eval.path))
-            problems += [*feature_problems(other, settings), *_sizes(other, policy), *_twins(dataset, other, settings)]
+            wrong = [*feature_problems(other, settings), *_sizes(other, policy), *_twins(dataset, other, settings)]
+            problems += [f"data.eval.path: {text}" for text in wrong]
+        elif recipe.data.eval is not None:
+            episodes = chosen(dataset, settings)
+            lengths = [item.length for item in episodes]
+            held_out([item.index for item in episodes], lengths, recipe.data.eval.fraction, recipe.run.seed)
     except UserError as error:
         problems = error.problems
     return list(dict.fromkeys(problems))
@@ -114,11 +120,13 @@ def _cameras(policy: Policy, robot: Robot) -> None:
 
 def _embodiment(policy: Policy, robot: Robot) -> None:
     if policy.groot:
-        from loong_vla.groot_assets import Assets
+        from loong_vla.groot_assets import Assets, knows
 
-        Assets.read(policy)
+        knows(policy, Assets.read(policy))
     elif policy.settings.embodiment is not None:
         raise DataError(f"data.options.embodiment: {policy.family} has no embodiments. Remove the key.")
+    elif policy.settings.statistics == "policy":
+        raise DataError(f"data.options.statistics: {policy.family} brings no statistics. Set it to auto.")
 
 
 # -------------------------------------------------------------------------------------------------- statistics
@@ -130,6 +138,9 @@ def _statistics(dataset: Dataset, episodes: Sequence[Episode], policy: Policy, r
         feature = getattr(policy.settings, key)
         entry = _entry(dataset, episodes, policy.settings, feature, names)
         if entry is None:
+            continue
+        if lies := _stale(dataset, episodes, feature, entry):
+            yield from lies
             continue
         missing = [name for name in names if name not in entry]
         if missing:
@@ -149,10 +160,9 @@ def _brings_its_own(policy: Policy) -> bool:
     """A GR00T base model with statistics of the embodiment."""
     if not policy.groot:
         return False
-    from loong_vla.groot_assets import Assets
+    from loong_vla.groot_assets import Assets, knows
 
-    assets = Assets.read(policy)
-    return bool(assets.statistics and assets.modality) and policy.settings.statistics in ("auto", "policy")
+    return knows(policy, Assets.read(policy))
 
 
 def _entry(
@@ -167,6 +177,16 @@ def _entry(
     if sum(item.length for item in episodes) > READ_ROWS:
         return None
     return computing.compute(dataset, [feature], episodes=[item.index for item in episodes])[feature]
+
+
+def _stale(dataset: Dataset, episodes: Sequence[Episode], feature: str, entry: Mapping[str, np.ndarray]) -> list[str]:
+    """What is wrong with statistics of `meta` by which a number that does change never does, and so is not learnt."""
+    if entry is not (dataset.statistics or {}).get(feature) or not ("min" in entry and "max" in entry):
+        return []
+    if not (entry["min"] == entry["max"]).any() or sum(item.length for item in episodes) > READ_ROWS:
+        return []
+    found = computing.compute(dataset, [feature], episodes=[item.index for item in episodes])[feature]
+    return stale(dataset.features[feature], entry, found, dataset)
 
 
 def _without_range(entry: Mapping[str, np.ndarray], names: Sequence[str]) -> list[int]:

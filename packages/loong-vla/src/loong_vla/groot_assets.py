@@ -122,14 +122,7 @@ def bounds(policy: Policy, robot: Robot, assets: Assets) -> Bounds:
     Raises:
         DataError: statistics are absent or of another size than the robot's numbers.
     """
-    known = bool(assets.statistics and assets.modality)
-    wanted = policy.settings.statistics
-    if wanted == "policy" and not known:
-        raise DataError(
-            f"data.options.statistics: the policy's folder has no statistics of the embodiment {assets.name!r}. Take "
-            "the dataset's (auto), or set data.options.embodiment to one it knows."
-        )
-    if known and wanted in ("auto", "policy"):
+    if knows(policy, assets):
         return _of_the_model(policy, robot, assets)
     horizon = policy.fields["horizon"]
     if not policy.config.get("use_relative_actions"):
@@ -137,6 +130,22 @@ def bounds(policy: Policy, robot: Robot, assets: Assets) -> Bounds:
         made = [_flat(policy, robot, assets, key, statistics) for key in ("state", "action")]
         return Bounds(made[0], made[1], None, horizon)
     return _relative(policy, robot, assets)
+
+
+def knows(policy: Policy, assets: Assets) -> bool:
+    """Whether the base model's own statistics of the embodiment are taken.
+
+    Raises:
+        DataError: the recipe asks for them, and there are none.
+    """
+    known = bool(assets.statistics and assets.modality)
+    wanted = policy.settings.statistics
+    if wanted == "policy" and not known:
+        raise DataError(
+            f"data.options.statistics: the policy's folder has no statistics of the embodiment {assets.name!r}. Take "
+            "the dataset's (auto), or set data.options.embodiment to one it knows."
+        )
+    return known and wanted in ("auto", "policy")
 
 
 def _flat(

@@ -43,7 +43,8 @@ class RobotOptions(BaseModel):
     tolerance: Annotated[float, Field(gt=0)] = 1e-4
     """Seconds a frame may be off the time of its row."""
     skip_quota: NonNegativeInt = 100
-    """Samples that may be replaced because a frame does not decode; with one more the run stops and saves."""
+    """Samples that may be replaced because a frame does not decode; with one more the run stops and saves.
+    A run that is resumed counts anew."""
     threads: PositiveInt | None = None
     """Threads that decode, in each process that makes batches; null: as many as the machine has cores for each rank, at
     most 16, and at most 4 in a process of its own."""

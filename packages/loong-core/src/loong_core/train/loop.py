@@ -68,14 +68,14 @@ def _stop(run: Run, engine: Engine, data: Batches, checkpoints: Checkpoints, int
     raise RunError(f"{reason} The run stopped after step {run.step}, which {saved}.")
 
 
-def evaluate(run: Run, engine: Engine, data: Batches) -> float:
-    """Mean loss over what counts in the held-out batches."""
+def evaluate(run: Run, engine: Engine, data: Batches) -> float | None:
+    """Mean loss over what counts in the held-out batches; None where nothing does."""
     total = count = 0.0
     for index in range(data.eval_count):
         losses = engine.evaluate(data.eval_batches(index))
         total += losses["loss"] * losses["counted"]
         count += losses["counted"]
-    return total / max(count, 1.0)
+    return total / count if count else None
 
 
 def _evaluation_due(run: Run) -> bool:

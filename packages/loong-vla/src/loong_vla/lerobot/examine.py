@@ -68,8 +68,11 @@ class Heads(NamedTuple):
     videos: Mapping[str, Sequence[CameraFile]]
 
 
-def structure(dataset: Dataset, episodes: Sequence[Episode], problems: Problems) -> Heads:
-    """Compare the heads of all files with the lists in `meta`. `episodes` are those that will be used."""
+def structure(
+    dataset: Dataset, episodes: Sequence[Episode], problems: Problems, cameras: Sequence[str] | None = None
+) -> Heads:
+    """Compare the heads of all files with the lists in `meta`. `episodes` and `cameras` are those that will be used;
+    None: all cameras."""
     problems.add("counts of meta/info.json", _counts(dataset))
     problems.add("episodes without rows", _lengths(dataset, episodes))
     problems.add("missing tasks", _tasks(dataset))
@@ -77,7 +80,7 @@ def structure(dataset: Dataset, episodes: Sequence[Episode], problems: Problems)
         rows = _data_heads(dataset, episodes, problems, pool)
         videos = {
             name: _video_heads(dataset, episodes, name, problems, pool)
-            for name in dataset.cameras
+            for name in (dataset.cameras if cameras is None else cameras)
             if dataset.features[name].dtype == "video"
         }
     problems.add("statistics", statistics_problems(dataset))
@@ -312,11 +315,15 @@ def _row_problems(dataset: Dataset, episode: Episode, columns: Mapping[str, np.n
 
 
 def pictures(
-    dataset: Dataset, episodes: Sequence[Episode], problems: Problems, tolerance: float, every: bool
+    dataset: Dataset, episodes: Sequence[Episode], heads: Heads, problems: Problems, tolerance: float, every: bool
 ) -> dict[str, int]:
     """Look for a frame at the time of every row, and decode all of them or, without `every`, each episode's first and
-    last. Returns how many were decoded, by camera."""
-    jobs = [(camera, episode) for camera in dataset.cameras for episode in episodes]
+    last. Files without a head are left out. Returns how many were decoded, by camera."""
+    opened = {
+        camera: _openable(heads, camera, episodes) if dataset.features[camera].dtype == "video" else episodes
+        for camera in dataset.cameras
+    }
+    jobs = [(camera, episode) for camera, inside in opened.items() for episode in inside]
     decoded: Counter[str] = Counter()
 
     def look(job: tuple[str, Episode]) -> tuple[list[str], int]:
@@ -338,12 +345,18 @@ def pictures(
     with FrameReader(dataset, tolerance) as reader, ThreadPoolExecutor(_THREADS) as pool:
         for name in dataset.cameras:
             if not every and dataset.features[name].dtype == "video":
-                for texts in pool.map(gaps, by_file(episodes, name).items(), repeat(name)):
+                for texts in pool.map(gaps, by_file(opened[name], name).items(), repeat(name)):
                     problems.add("rows without a frame", texts)
         for (camera, _), (texts, count) in zip(jobs, pool.map(look, jobs), strict=True):
             problems.add("frames that cannot be decoded", texts)
             decoded[camera] += count
     return dict(decoded)
+
+
+def _openable(heads: Heads, camera: str, episodes: Sequence[Episode]) -> list[Episode]:
+    """Episodes whose rows, and whose frames of this camera, lie in files that could be opened."""
+    files = {head.file for head in heads.videos.get(camera, ())}
+    return [episode for episode in episodes if episode.data in heads.rows and episode.clips[camera].file in files]
 
 
 def _failure(reader: FrameReader, episode: Episode, camera: str, number: int) -> str | None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import string
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -209,7 +210,15 @@ def tasks_v3(root: Path) -> dict[int, str]:
         raise DataError(f"`{file}` needs the column task_index and one of texts; its columns are {found}.")
     column = next((name for name in ("task", "__index_level_0__") if name in texts), texts[0])
     numbers, names = table.column("task_index").to_pylist(), table.column(column).to_pylist()
-    return {int(number): str(name) for number, name in zip(numbers, names, strict=True)}
+    return {number: _task(file, number, name) for number, name in zip(numbers, names, strict=True)}
+
+
+def _task(file: Path, number: Any, text: Any) -> str:
+    if type(number) is not int:
+        raise DataError(f"`{file}`: the number of task {text!r} is {number!r}, not an integer.")
+    if not isinstance(text, str):
+        raise DataError(f'`{file}`: task {number} has no text. Give it its instruction; an empty one is "".')
+    return text
 
 
 def _is_text(kind: pa.DataType) -> bool:
@@ -250,7 +259,8 @@ def tasks_v2(root: Path) -> dict[int, str]:
     file = root / "meta" / "tasks.jsonl"
     if not file.is_file():
         return {}
-    return {_integer(file, row, "task_index"): str(row.get("task")) for row in _lines(file)}
+    numbers = [(_integer(file, row, "task_index"), row.get("task")) for row in _lines(file)]
+    return {number: _task(file, number, text) for number, text in numbers}
 
 
 def _integer(file: Path, row: Mapping[str, Any], key: str) -> int:
@@ -276,7 +286,28 @@ def read_statistics(root: Path) -> Statistics | None:
     from loong_vla.lerobot.statistics import aggregate
 
     rows = [_arrays(file, row.get("stats")) for row in _lines(file)]
+    numbers = [row.get("episode_index") for row in _lines(file)]
+    if problems := [f"`{file}`: {text}." for text in _unlike(rows, numbers)]:
+        raise DataError(problems)
     return aggregate(rows) if rows else None
+
+
+def _unlike(rows: Sequence[Statistics], numbers: Sequence[Any]) -> Iterator[str]:
+    """Statistics of an episode that are no numbers, or of another size than most episodes have."""
+    sizes: dict[tuple[str, str], Counter[tuple[int, ...]]] = {}
+    for row in rows:
+        for name, entry in row.items():
+            for key, values in entry.items():
+                sizes.setdefault((name, key), Counter())[values.shape] += 1
+    usual = {place: counts.most_common(1)[0][0] for place, counts in sizes.items()}
+    for row, number in zip(rows, numbers, strict=True):
+        for name, entry in row.items():
+            for key, values in entry.items():
+                if values.shape != usual[name, key]:
+                    shapes = f"has shape {list(values.shape)}, in most episodes {list(usual[name, key])}"
+                    yield f"episode {number}: statistics of `{name}`: `{key}` {shapes}"
+                elif not np.isfinite(values).all():
+                    yield f"episode {number}: statistics of `{name}`: `{key}` is not finite"
 
 
 def _arrays(file: Path, value: Any) -> Statistics:

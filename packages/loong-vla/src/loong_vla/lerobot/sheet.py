@@ -22,7 +22,7 @@ def contact_sheet(dataset: Dataset, episodes: Sequence[Episode], file: Path, tol
     """Write a PNG with at most 12 episodes, evenly spread; returns their number. A frame that cannot be had is a cross.
 
     Raises:
-        DataError: the dataset has no camera, or no episode.
+        DataError: the dataset has no camera, or no episode, or the file cannot be written.
     """
     if not dataset.cameras or not episodes:
         raise DataError(f"`{dataset.root}` has no {'camera' if episodes else 'episode'}: there is nothing to show.")
@@ -46,8 +46,11 @@ def contact_sheet(dataset: Dataset, episodes: Sequence[Episode], file: Path, tol
                 draw.line((left, middle + _TILE, left + _TILE, middle), "red", 2)
             else:
                 sheet.paste(ImageOps.contain(Image.fromarray(tile), (_TILE, _TILE)), (left, middle))
-    file.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(file, format="png")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        sheet.save(file, format="png")
+    except OSError as error:
+        raise DataError(f"`{file}` cannot be written: {error.strerror or error}. Name another file.") from None
     return len(chosen)
 
 

@@ -65,5 +65,6 @@ SOURCE = DataSource(
     fit="loong_vla.fit:fit",
     report="loong_vla.check:report",
     claims="loong_vla.lerobot.source:claims",
+    remedy="Mend it, leave episodes out with data.options.episodes, or choose another dataset.",
     summary="A LeRobot dataset, v3.0 or v2.1: episodes of robot states, actions and camera videos.",
 )
