@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -130,6 +131,23 @@ def test_every_layout_goes_in_and_comes_out(tmp_path: Path, prefix: str, without
         "statistics.json",
     ]
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == {"type": "tiny"}
+
+
+@pytest.mark.parametrize(
+    ("config", "names"),
+    [
+        ({"type": "tiny"}, ["model.safetensors"]),
+        ({"architectures": ["Tiny"]}, ["model-00001-of-00001.safetensors", "model.safetensors.index.json"]),
+    ],
+)
+def test_one_file_where_the_configuration_has_a_key_and_numbered_ones_elsewhere(
+    tmp_path: Path, config: dict[str, Any], names: list[str]
+) -> None:
+    run = run_of(tmp_path / "run", None)
+    run.config, run.family = config, replace(FAMILY, single_file="type")
+    hf.save(tmp_path / "out", run, engine_for(run))
+    assert sorted(path.name for path in (tmp_path / "out").glob("model*")) == names
+    assert set(read_all(tmp_path / "out")) == set(tensors("", "lm_head.weight"))
 
 
 def test_twins_that_differ_are_refused(tmp_path: Path) -> None:

@@ -200,7 +200,10 @@ def stepped_and_exported(computed: Computed, kind: str, out: Path) -> Groot:
             if parameter.grad is not None:
                 parameter -= 0.02 * parameter.grad
     hf.save(out, run, trained(model))
-    before, after = load_file(computed.folder / kind / SINGLE), load_file(out / SINGLE)
+    # LeRobot takes any folder with a model.safetensors for a policy of its own.
+    written = SINGLE if kind == "checkpoint" else "model-00001-of-00001.safetensors"
+    before, after = load_file(computed.folder / kind / SINGLE), load_file(out / written)
+    assert (out / "model.safetensors.index.json").is_file() == (kind == "base")
     assert before.keys() == after.keys()
     prefix = "_groot_model." if kind == "checkpoint" else ""
     changed = {name.partition("/_groot_model.")[2] for name in computed.results if name.startswith("gradient/")}

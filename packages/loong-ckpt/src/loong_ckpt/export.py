@@ -60,12 +60,12 @@ class ExportPlan:
     unused: tuple[str, ...] = ()
 
     def create(self, folder: Path) -> None:
-        """Make the files with their headers and full size, and the index if there are several."""
+        """Make the files with their headers and full size, and the index of numbered ones."""
         for name, header in self.headers.items():
             with open(folder / name, "wb") as file:
                 file.write(header)
                 file.truncate(self.sizes[name])
-        if len(self.headers) > 1:
+        if SINGLE not in self.headers:
             total = sum(slot.end - slot.begin for slot in self.slots.values())
             index = {
                 "metadata": {"total_parameters": self.parameters, "total_size": total},
@@ -106,7 +106,10 @@ def plan_export(run: Run, source: Source | None, shard_bytes: int = SHARD_BYTES)
     unused = {name: shape for name, shape in _unused(run, layout).items() if name not in shapes}
     shapes |= unused
     dtypes = {name: (layout or {}).get(name, default) for name in shapes}
-    slots, headers, sizes = _arrange(shapes, dtypes, None if run.family.single_file else shard_bytes)
+    single = run.family.single_file
+    one = single if isinstance(single, bool) else single in run.config
+    numbered = isinstance(single, str) and not one
+    slots, headers, sizes = _arrange(shapes, dtypes, None if one else shard_bytes, numbered)
     total = sum(spec.size for spec in run.shape.parameters)
     return ExportPlan(slots, rows, copies, headers, sizes, total, tuple(unused))
 
@@ -150,10 +153,10 @@ def _unused(run: Run, layout: Mapping[str, str] | None) -> dict[str, tuple[int, 
 
 
 def _arrange(
-    shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, str], shard_bytes: int | None
+    shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, str], shard_bytes: int | None, numbered: bool
 ) -> tuple[dict[str, Slot], dict[str, bytes], dict[str, int]]:
     """Fill files in the model's order up to `shard_bytes` (None: one file); inside a file wide dtypes come first, so
-    all are aligned."""
+    all are aligned. A single file is `numbered` only on request."""
     groups: list[list[str]] = [[]]
     filled = 0
     for name in shapes:
@@ -165,7 +168,7 @@ def _arrange(
         filled += size
     slots, headers, sizes = {}, {}, {}
     for number, names in enumerate(groups, start=1):
-        file = SINGLE if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        file = SINGLE if len(groups) == 1 and not numbered else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
         names = sorted(names, key=lambda name: (-BITS[dtypes[name]], name))
         headers[file] = _header(names, shapes, dtypes)
         begin = len(headers[file])

@@ -41,7 +41,8 @@ class ModelFamily:
     `presets` are folders-free model sizes: recorded facts of public `config.json` files. `planner` is what
     `parallel.planner: auto` takes for the family (None: what the plugins choose). `sidecars(run, files) -> files` has
     the last word on the files of an exported folder that are not weights: name -> content, config.json among them.
-    `single_file`: its public loaders read one model.safetensors and no index, whatever its size.
+    `single_file`: its public loaders read one model.safetensors and no index, whatever its size. A key of `config.json`
+    in its place: so they do where the key is, and elsewhere they read numbered files with an index, even a single one.
     """
 
     name: str
@@ -55,7 +56,7 @@ class ModelFamily:
     presets: Ref | None = None
     planner: str | None = None
     sidecars: Ref | None = None
-    single_file: bool = False
+    single_file: bool | str = False
     summary: str = ""
 
 

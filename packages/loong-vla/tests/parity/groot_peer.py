@@ -47,9 +47,9 @@ def write_base(folder, case):
     model.save_pretrained(folder / "base")
 
 
-def open_policy(base, case):
+def config_on(base, case):
     image = PolicyFeature(type=FeatureType.VISUAL, shape=(3, *case["image"]))
-    config = GrootConfig(
+    return GrootConfig(
         device="cpu",
         base_model_path=str(base),
         use_bf16=False,
@@ -59,7 +59,6 @@ def open_policy(base, case):
         output_features={"action": PolicyFeature(type=FeatureType.ACTION, shape=(case["base"]["max_action_dim"],))},
         **case["tune"],
     )
-    return GrootPolicy(config)
 
 
 def prompt(case, cameras, words, generator):
@@ -166,7 +165,7 @@ def compute(folder, case):
     torch.manual_seed(case["seed"])
     write_backbone(folder / "backbone", case)
     write_base(folder, case)
-    policy = open_policy(folder / "base", case)
+    policy = GrootPolicy(config_on(folder / "base", case))
     policy.save_pretrained(folder / "checkpoint")
     batch = draw_batch(case)
     save_file(batch, folder / "batch.safetensors")
@@ -201,7 +200,7 @@ def main(task, folder, *rest):
         return
     batch = load_file(folder / "batch.safetensors")
     policy = GrootPolicy.from_pretrained(rest[0], local_files_only=True)
-    base = open_policy(rest[1], case)
+    base = GrootPolicy.from_pretrained(rest[1], config=config_on("elsewhere", case), local_files_only=True)
     found = {"checkpoint": sample_alone(policy, batch, case), "base": sample_alone(base, batch, case)}
     pipelines = {
         "checkpoint": make_groot_pre_post_processors_from_pretrained(policy.config, rest[0]),

@@ -53,7 +53,7 @@ GROOT_N17 = ModelFamily(
     planner="torch",
     task="flow_matching",
     sidecars="loong_vla.groot_export:sidecars",
-    single_file=True,
+    single_file="type",  # a policy of LeRobot's has it, NVIDIA's base models have not
     arch={
         **{"tower": "qwen3_vl", "vision_layers": 24, "vision_hidden": 1024, "vision_heads": 16, "vision_ffn": 4096},
         **{"patch": 16, "patch_frames": 2, "merge": 2, "vision_positions": 2304, "deepstack": (5, 11, 17)},
