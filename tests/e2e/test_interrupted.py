@@ -65,7 +65,9 @@ def test_a_run_that_is_interrupted_loses_nothing(
 
     again = start(tmp_path / "parts", recipe(data), devices, slow=False)
     for process in (whole, again):
-        _, told = process.communicate(timeout=60)
+        said, told = process.communicate(timeout=60)
         assert process.returncode == 0, told
+        assert ("continues after step" in said) == (process is again)
+    assert f"continues after step {done} of {STEPS}, from " in said
     one, other = (padded(rows(tmp_path / name)) for name in ("whole", "parts"))
     assert one == other and len(one) == STEPS

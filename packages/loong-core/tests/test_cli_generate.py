@@ -90,3 +90,9 @@ def test_help_tells_every_kind_or_the_models_own(
     text = capsys.readouterr().out
     assert text.count("Usage: loong generate") == kinds
     assert "Act on an observation." in text and ("Models trained with pretrain, chat" in text) == (kinds == 2)
+
+
+def test_a_folder_that_is_none_where_no_task_takes_text(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("answering.py").write_text(PLUGIN.replace('Task(name="pretrain", loss="", generate=f"{here}:write"),', ""))
+    assert run(["generate", "nowhere"]) == 2
+    assert "`nowhere` is no folder. Name that of a run" in capsys.readouterr().err

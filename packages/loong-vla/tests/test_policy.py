@@ -132,6 +132,7 @@ def test_actions_follow_seed_and_observation(run: Any, dataset: Dataset) -> None
         ({"observation.images.front": np.zeros((24, 0, 3), np.uint8)}, "24 x 0 pixels"),
         ({"task": 3}, "`task` must be a text"),
         ({"task": "a" * 10_001}, "`task` must be a text"),
+        ({"task": "half of a character: \ud800"}, "`task` must be a text"),
         ({"observation.images.fron": np.zeros((24, 32, 3), np.uint8)}, "does not take. Did you mean"),
     ],
 )

@@ -10,6 +10,7 @@ import pytest
 
 import loong_vla
 from loong_core import plugins, validate
+from loong_core.cli import run, train
 from loong_core.recipe_load import load
 from loong_core.registry import Registry
 from loong_vla.lerobot.generate import generate
@@ -43,3 +44,24 @@ def test_a_recipe_can_be_planned(name: str, tmp_path: Path) -> None:
     assert prepared.plan.planner == "torch" and prepared.task.name == "flow_matching"
     horizons = {"pi05_libero": 10, "pi05_full": 50, "groot_n17_finetune": 40}
     assert prepared.shape.fields["horizon"] == horizons.get(name, 8)
+
+
+def test_wrong_options_of_the_engine_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = generate(tmp_path / "set", episodes=2, frames=20).root
+    for command in ("plan", "train"):
+        words = [f"data.path={data}", "parallel.options.shard=fsdp", "parallel.options.emaa=1"]
+        assert run([command, "groot_tiny_cpu", *words, f"run.dir={tmp_path / 'runs'}"]) == 2
+        told = capsys.readouterr().err
+        assert "'fsdp' is not allowed" in told and "hybrid" in told
+        assert "unknown key" in told and "`ema`" in told and "loong itself" not in told
+    assert not (tmp_path / "runs").exists()
+
+
+def test_train_says_what_has_no_effect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = generate(tmp_path / "set", episodes=2, frames=20).root
+    words = [f"data.path={data}", "backend=cpu", "parallel.options.compile=true"]
+    registry = Registry(plugins.load())
+    train._announce(validate.prepare(load("groot_tiny_cpu", words, registry), registry, purpose="plan"), tmp_path)
+    said, told = capsys.readouterr()
+    assert "layout" in said and "warning" not in said
+    assert told == "warning: parallel.options.compile = true has no effect on the cpu backend\n"

@@ -283,7 +283,7 @@ def _familys_planner(recipe: Recipe, model: Model | None) -> tuple[Recipe, str]:
 
 
 def _find_planner(recipe: Recipe, cluster: Cluster, registry: Registry, findings: Findings) -> ParallelPlanner | None:
-    """The named planner, or the one the plugins choose; its options are checked."""
+    """The named planner, or the one the plugins choose; None where its options are wrong, because it needs them."""
 
     def find() -> ParallelPlanner:
         name = recipe.parallel.planner
@@ -301,6 +301,7 @@ def _find_planner(recipe: Recipe, cluster: Cluster, registry: Registry, findings
         owner = f"the planner {planner.name!r}"
         _, wrong = check_options(findings.loaded.document, ("parallel", "options"), planner.options, owner)
         findings.messages.extend(str(problem) for problem in wrong)
+        planner = None if wrong else planner
     return planner
 
 

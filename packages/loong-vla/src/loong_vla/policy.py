@@ -93,7 +93,7 @@ class Policy:
         ]
         problems += [f"the observation lacks `{name}`." for name in (state, *cameras) if name not in given]
         task = given.get(TASK, "")
-        if not isinstance(task, str) or len(task) > LONGEST_TASK:
+        if not isinstance(task, str) or len(task) > LONGEST_TASK or not _is_text(task):
             problems.append(f"`{TASK}` must be a text of at most {LONGEST_TASK} characters.")
         if state in given:
             problems += _state_problems(state, given[state], self.processing.robot.state)
@@ -208,6 +208,15 @@ def recorded_actions(policy: Policy, dataset: Dataset, episode: int, frame: int)
             f"{policy.processing.robot.action}."
         )
     return actions
+
+
+def _is_text(text: str) -> bool:
+    """Whether it can be written as UTF-8: JSON can name halves of characters that cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _state_problems(name: str, value: Any, size: int) -> list[str]:

@@ -25,6 +25,11 @@ def say(text: str = "") -> None:
     print(text, flush=True)
 
 
+def warn(text: str) -> None:
+    """A line on standard error."""
+    print(text, file=sys.stderr, flush=True)
+
+
 def as_json(value: Any) -> None:
     """A value for machines."""
     say(json.dumps(value, indent=2, default=_plain))

@@ -115,3 +115,6 @@ def _announce(prepared: Prepared, folder: Path) -> None:
             ("ops", ", ".join(f"{choice.op} {choice.name}" for choice in prepared.ops.values())),
         ]
     )
+    for note in prepared.notes:
+        if note.startswith("warning:"):
+            output.warn(note)

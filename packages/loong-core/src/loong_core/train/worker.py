@@ -132,6 +132,8 @@ def _run(run: Run, engine: Engine, data: PreparedData | None, startup: Startup) 
         if found is not None:
             checkpoints.load(run, engine, stream, found)
             startup.mark("checkpoint")
+            if run.is_main:
+                sys.stdout.write(_continued(run, found))
         reporter = Reporter(run, startup, engine.idle_bytes)
         run.registry.events.run_start(run)
         try:
@@ -145,6 +147,14 @@ def _run(run: Run, engine: Engine, data: PreparedData | None, startup: Startup) 
         checkpoints.export(run, engine)
     if run.is_main:
         report.write(run.folder)
+
+
+def _continued(run: Run, found: Path) -> str:
+    """What a user is told who starts a run that has a checkpoint."""
+    steps = run.recipe.run.steps
+    if run.step >= steps:
+        return f"all {steps} steps are done, by {found}; a higher run.steps goes on from there\n"
+    return f"continues after step {run.step} of {steps}, from {found}\n"
 
 
 def _replica(run: Run) -> int:
