@@ -216,6 +216,13 @@ def test_a_missing_file_is_said_once(dataset: Dataset) -> None:
     assert len(report(dataset.root, thorough=True)["problems"]) == 2
 
 
+def test_a_missing_table_of_images_is_said_once(tmp_path: Path) -> None:
+    dataset = generate(tmp_path / "data", "v2.1", frames=[3, 4], images=True)
+    (dataset.root / dataset.episodes[1].data).unlink()
+    (problem,) = report(dataset.root, thorough=True)["problems"]
+    assert "episode 1" in problem and "is missing" in problem
+
+
 def test_a_picture_that_cannot_be_written(dataset: Dataset, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="cannot be written"):

@@ -52,15 +52,15 @@ def generate(
 def task_of(folder: Path, registry: Registry) -> Task:
     """The task of the model in `folder`: a run's own, that of the family which claims its config.json, or text.
 
-    Raises NotFound where no task could answer.
+    Raises UserError where there is no such folder, NotFound where no task could answer.
     """
-    from loong_core.errors import LoongError, NotFound
+    from loong_core.errors import LoongError, UserError
     from loong_core.recipe_load import load_file
     from loong_core.validate_model import read_config
 
     tasks = registry.table("tasks")
     if TEXT not in tasks and not folder.is_dir():
-        raise NotFound(f"`{folder}` is no folder. Name that of a run, of a checkpoint, or of an exported model.")
+        raise UserError(f"`{folder}` is no folder. Name that of a run, of a checkpoint, or of an exported model.")
     name: str | None = None
     try:
         if (folder / "recipe.yaml").is_file():

@@ -319,10 +319,7 @@ def pictures(
 ) -> dict[str, int]:
     """Look for a frame at the time of every row, and decode all of them or, without `every`, each episode's first and
     last. Files without a head are left out. Returns how many were decoded, by camera."""
-    opened = {
-        camera: _openable(heads, camera, episodes) if dataset.features[camera].dtype == "video" else episodes
-        for camera in dataset.cameras
-    }
+    opened = {camera: _openable(heads, camera, episodes) for camera in dataset.cameras}
     jobs = [(camera, episode) for camera, inside in opened.items() for episode in inside]
     decoded: Counter[str] = Counter()
 
@@ -355,8 +352,11 @@ def pictures(
 
 def _openable(heads: Heads, camera: str, episodes: Sequence[Episode]) -> list[Episode]:
     """Episodes whose rows, and whose frames of this camera, lie in files that could be opened."""
-    files = {head.file for head in heads.videos.get(camera, ())}
-    return [episode for episode in episodes if episode.data in heads.rows and episode.clips[camera].file in files]
+    readable = [episode for episode in episodes if episode.data in heads.rows]
+    if camera not in heads.videos:  # its images lie in the tables
+        return readable
+    files = {head.file for head in heads.videos[camera]}
+    return [episode for episode in readable if episode.clips[camera].file in files]
 
 
 def _failure(reader: FrameReader, episode: Episode, camera: str, number: int) -> str | None:
