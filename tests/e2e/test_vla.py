@@ -36,7 +36,7 @@ def whole(
 
 
 def exported(folder: Path) -> dict[str, torch.Tensor]:
-    (found,) = folder.glob("*/hf/model.safetensors")
+    (found,) = folder.glob("*/hf/model*.safetensors")
     return load_file(found)
 
 
