@@ -23,7 +23,7 @@ from loong_core.precision import POLICIES
 from loong_core.recipe import Recipe
 from loong_core.registry import Registry
 from loong_core.types import ModelFamily, ModelShape, ParameterSpec
-from loong_core.validate_model import _config_of_weights
+from loong_core.validate_model import config_of_weights
 from loong_core.weights import concat, copy, drop, flatten, prefixed, twin, unused, verb_of
 
 ROWS = prefixed(
@@ -192,7 +192,7 @@ def test_keys_that_the_public_loader_refuses_lie_beside(tmp_path: Path) -> None:
     hf.save(tmp_path / "out", run, engine_for(run))
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == {"type": "tiny"}
     assert json.loads((tmp_path / "out" / "loong.json").read_text()) == {"sizes": {"wide": 6}}
-    assert _config_of_weights(tmp_path / "out", Registry(load())) == {"type": "tiny", "sizes": {"wide": 6}}
+    assert config_of_weights(tmp_path / "out", Registry(load())) == {"type": "tiny", "sizes": {"wide": 6}}
 
 
 @settings(max_examples=40, deadline=None)

@@ -87,6 +87,20 @@ def test_jsonl_rows_and_broken_rows_have_their_lines(tmp_path: Path) -> None:
     assert check("jsonl", path) == []
 
 
+@pytest.mark.parametrize("array", [False, True])
+def test_half_of_a_character_is_no_text(tmp_path: Path, array: bool) -> None:
+    lines = [
+        r'{"text": "a \ud83d\ude00 whole one"}',
+        r'{"messages": [{"content": "half \uD800 of one"}]}',
+        r'{"text": "\\ud800"}',
+    ]
+    content = "[" + ",\n".join(lines) + "]" if array else "\n".join(lines)
+    (tmp_path / "a.jsonl").write_text(content, encoding="utf-8")
+    rows = read("jsonl", tmp_path / "a.jsonl")
+    assert [isinstance(row, BadRow) for row in rows] == [False, True, False]
+    assert rows[1].line == 2 and r'holds "\ud800", half of a character' in rows[1].reason
+
+
 def test_jsonl_reads_one_json_array_and_gzip(tmp_path: Path) -> None:
     records = [{"instruction": "a", "output": "b"}, {"instruction": "c", "output": "d"}]
     (tmp_path / "a.json").write_text(json.dumps(records, indent=1), encoding="utf-8")

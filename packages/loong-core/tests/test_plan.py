@@ -187,6 +187,11 @@ def test_settings_without_effect_are_told() -> None:
     ):
         assert any("selective has no effect" in reason for reason in made(shape, 2, asked).reasons)
     assert not any("selective" in reason for reason in made(SPARSE, 2, recipe(ep=2, recompute="selective")).reasons)
+    asked = recipe(ep=2, options={"dispatch": "alltoall", "exchange": "collectives", "exchange_pieces": 3})
+    told = [reason for reason in made(SPARSE, 2, asked).reasons if "no tokens are gathered" in reason]
+    assert len(told) == 2 and "parallel.options.exchange_pieces has no effect" in told[1]
+    pieces = recipe(ep=2, options={"exchange_pieces": 3})
+    assert not any("no effect" in reason for reason in made(SPARSE, 2, pieces).reasons)
     found = made(DENSE, 4, recipe(tp=2), nodes=4)
     assert any("spans nodes of 1 device" in reason for reason in found.reasons)
     found = made(decoder_shape(), 2, recipe(tp=2))
@@ -345,3 +350,9 @@ def test_planning_side_imports_no_tensor_library() -> None:
     code = f"import sys, {', '.join(f'loong_core.{name}' for name in modules)}; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"torch", "numpy", "megatron", "transformers"} & set(loaded)
+
+
+def test_copies_need_gpus_and_whole_layers() -> None:
+    (problem,) = refused(SPARSE, 2, recipe(ep=2, options={"exchange": "copies"}))
+    assert "exchange = copies on the backend cpu" in problem and "auto, collectives" in problem
+    assert made(SPARSE, 2, recipe(options={"exchange": "copies"})).ep == 1  # nothing travels

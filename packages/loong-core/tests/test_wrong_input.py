@@ -288,6 +288,37 @@ def test_a_run_folder_is_not_taken_over(train: Train, words: list[str], parts: S
     assert all(part in problems[0] for part in parts), problems
 
 
+@pytest.mark.parametrize(
+    ("saved", "parts"),
+    [
+        ({**CONFIG, "num_hidden_layers": 1}, ["is of another model", "layers (1 there, 2 here)"]),
+        ({**CONFIG, "rope_theta": 77.0}, ["is of another model", "rope"]),
+        ({**CONFIG, "architectures": ["Qwen3MoeForCausalLM"]}, ["is of another model: qwen3_moe there, qwen3 here"]),
+        ({**CONFIG, "architectures": ["Qwen2ForCausalLM"]}, ["qwen2 there, qwen3 here", "model.weights"]),
+        ({**CONFIG, "hidden_size": "x"}, ["is of another model"]),
+        (None, ["config.json"]),
+    ],
+)
+def test_a_checkpoint_of_another_model_is_not_continued(
+    train: Train, saved: dict[str, Any] | None, parts: Sequence[str]
+) -> None:
+    folder = Path("elsewhere/step-00000003")
+    folder.mkdir(parents=True)
+    if saved is not None:
+        (folder / "config.json").write_text(json.dumps(saved))
+    code, problems = train(f"checkpoint.resume={folder}")
+    assert code == 2 and len(problems) == 1, problems
+    assert "checkpoint.resume" in problems[0] and all(part in problems[0] for part in parts), problems
+
+
+def test_a_checkpoint_of_the_same_model_is(train: Train) -> None:
+    folder = Path("elsewhere/step-00000003")
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({**CONFIG, "dtype": "float32", "eos_token_id": 0}))
+    assert train(f"checkpoint.resume={folder}", allow_start=True)[0] == 1
+    assert train("checkpoint.resume=nowhere", allow_start=True)[0] == 2
+
+
 def test_a_folder_of_other_files(train: Train) -> None:
     Path("runs/demo").mkdir(parents=True)
     Path("runs/demo/thesis.tex").write_text("x")

@@ -100,7 +100,10 @@ def _config(run: Run, source: Source | None, tokenizer: Path | None) -> bytes:
     """config.json: byte for byte the source's, unless the recipe overrides keys; otherwise made from `run.config`."""
     if source is not None and not run.recipe.model.config:
         return (source.folder / CONFIG).read_bytes()
-    config: dict[str, Any] = dict(run.config)
+    given = run.recipe.model.config
+    # transformers takes a null for what some keys are, and fails: a recipe that says null means none.
+    removed = {key for key, value in given.items() if value is None} if isinstance(given, dict) else set()
+    config: dict[str, Any] = {key: value for key, value in run.config.items() if key not in removed}
     if source is None:
         config.pop("torch_dtype", None)
         config["dtype"] = run.precision.parameters

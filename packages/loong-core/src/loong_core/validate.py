@@ -33,6 +33,7 @@ from loong_core.types import (
 )
 from loong_core.validate_data import check_fit, check_match, check_source, unused_keys
 from loong_core.validate_model import Model, find_model
+from loong_core.validate_resume import check_resume
 
 Purpose = Literal["train", "plan", "worker"]
 
@@ -81,6 +82,8 @@ def prepare(loaded: LoadedRecipe, registry: Registry, worker: bool = False, purp
         findings.absorb("precision", _capability_problems(policy, chosen.backend))
     source = check_source(recipe, registry, findings, purpose)
     model = find_model(recipe, registry, findings, purpose)
+    if model is not None and purpose == "train":
+        check_resume(recipe, model, registry, findings)
     task = _find_task(recipe, model, registry, findings)
     if source is not None and task is not None and purpose == "train":
         check_match(source, task, findings)

@@ -143,7 +143,7 @@ def _config(
                 f"{given!r} is not allowed together with model.weights, which bring their own config.json. Allowed: a "
                 "mapping of keys to replace in it, or null.",
             )
-        base = _config_of_weights(weights, registry)
+        base = config_of_weights(weights, registry)
         return {**base, **(given if isinstance(given, dict) else {})}
     if isinstance(given, dict):
         return dict(given)
@@ -165,7 +165,11 @@ def _how_to_name(family: ModelFamily | None, registry: Registry) -> str:
     )
 
 
-def _config_of_weights(weights: Path, registry: Registry) -> dict[str, Any]:
+def config_of_weights(weights: Path, registry: Registry) -> dict[str, Any]:
+    """The config.json of a folder of weights or of a checkpoint, with the keys that lie beside it.
+
+    Raises CheckpointError where the folder is none of both.
+    """
     if problem := _unusable_folder(weights):
         raise CheckpointError(problem)
     if (weights / "config.json").is_file():
@@ -176,7 +180,7 @@ def _config_of_weights(weights: Path, registry: Registry) -> dict[str, Any]:
         family = _named(saved.family, registry)
         if isinstance(saved.config, str):
             return _config_named(saved.config, family, registry)
-        base = _config_of_weights(saved.weights, registry) if saved.weights is not None else {}
+        base = config_of_weights(saved.weights, registry) if saved.weights is not None else {}
         return {**base, **(saved.config or {})}
     raise CheckpointError(_unclaimed(weights, registry))
 

@@ -73,7 +73,10 @@ class Decoder(GPTModel):
             "pieces": context.exchange_pieces,
             "again": context.plan.recompute == "selective",
         }
-        router = partial(BalancedRouter, ops=context.ops, balance=balance) if fields["experts"] else None
+        router = None
+        if fields["experts"]:
+            settings: dict[str, Any] = {"ops": context.ops, "balance": balance, "normalise": fields["norm_top_k"]}
+            router = partial(BalancedRouter, **settings)
         super().__init__(
             config=config,
             transformer_layer_spec=layers.block(
@@ -248,7 +251,7 @@ def _expert_settings(shape: ModelShape, context: BuildContext) -> dict[str, Any]
         "num_moe_experts": fields["experts"],
         "moe_ffn_hidden_size": fields["expert_ffn"],
         "moe_router_topk": fields["top_k"],
-        "moe_router_pre_softmax": not fields["norm_top_k"],
+        "moe_router_pre_softmax": True,  # of no effect on our router; megatron-core refuses one expert a token without
         "moe_router_dtype": "fp32",
         "moe_router_load_balancing_type": "none",  # the families' own loss is `loong_llm.router`
         "moe_aux_loss_coeff": 0.0,

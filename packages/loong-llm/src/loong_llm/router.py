@@ -149,10 +149,18 @@ class BalancedRouter(TopKRouter):
     """Whether calling it gives a `Routing` of [tokens, chosen experts], or megatron-core's pair of dense tensors."""
 
     def __init__(
-        self, config: Any, pg_collection: Any = None, is_mtp_layer: bool = False, *, ops: Ops, balance: Balance | None
+        self,
+        config: Any,
+        pg_collection: Any = None,
+        is_mtp_layer: bool = False,
+        *,
+        ops: Ops,
+        balance: Balance | None,
+        normalise: bool,
     ) -> None:
+        """`normalise`: weights are divided by their sum over the chosen experts."""
         super().__init__(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
-        self.balance = balance
+        self.balance, self.normalise = balance, normalise
         self._route = ops.route
 
     def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> Any:
@@ -162,8 +170,7 @@ class BalancedRouter(TopKRouter):
         if self.balance is not None:
             logits = _Attach.apply(logits, self.balance)
         valid = None if self.balance is None else self.balance.valid
-        normalise = not self.config.moe_router_pre_softmax
-        routing: Routing = self._route(logits, self.topk, normalise=normalise, valid=valid)
+        routing: Routing = self._route(logits, self.topk, normalise=self.normalise, valid=valid)
         if self.balance is not None:
             self.balance.record(self.layer_number, routing)
         return routing if self.sparse else self._dense(routing, logits)

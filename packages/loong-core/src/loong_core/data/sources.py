@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import itertools
 import json
+import re
 import sysconfig
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -198,16 +199,32 @@ def _json_rows(path: Path) -> Iterator[Row | BadRow]:
 
 def _json_row(content: bytes, file: str, line: int) -> Row | BadRow:
     try:
-        fields = json.loads(content.decode("utf-8"))
+        text = content.decode("utf-8")
+        fields = json.loads(text)
     except UnicodeDecodeError as error:
         return BadRow(f"is not UTF-8 text (byte {error.start} of the line)", file, line)
     except json.JSONDecodeError as error:
         return BadRow(f"broken JSON: {error.msg} at column {error.colno}", file, line)
     except RecursionError:
         return BadRow("broken JSON: nested too deeply", file, line)
+    return _row(fields, text, file, line)
+
+
+def _row(fields: Any, text: str, file: str, line: int) -> Row | BadRow:
+    """A record that `text` described."""
     if not isinstance(fields, dict):
         return BadRow(f"is a JSON {type(fields).__name__}, not an object", file, line)
+    if _SURROGATE.search(text):
+        try:
+            json.dumps(fields, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = json.dumps(error.object[error.start])
+            return BadRow(f"holds {half}, half of a character, which no tokenizer can read", file, line)
     return Row(fields, file, line)
+
+
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+"""How JSON writes half of a character; two of them may be a whole one."""
 
 
 def _array_rows(path: Path) -> Iterator[Row | BadRow]:
@@ -225,15 +242,13 @@ def _array_rows(path: Path) -> Iterator[Row | BadRow]:
         line, counted = line + text.count("\n", counted, at), at
         if at < len(text) and text[at] == "]":
             return
+        begin = at
         try:
-            fields, at = decoder.raw_decode(text, at)
+            fields, at = decoder.raw_decode(text, begin)
         except (json.JSONDecodeError, RecursionError) as error:
             yield BadRow(f"broken JSON array: {error}; the rest of the file cannot be read", str(path), line)
             return
-        if isinstance(fields, dict):
-            yield Row(fields, str(path), line)
-        else:
-            yield BadRow(f"is a JSON {type(fields).__name__}, not an object", str(path), line)
+        yield _row(fields, text[begin:at], str(path), line)
 
 
 def _renamed(rows: Iterator[Row | BadRow], settings: TableOptions) -> Iterator[Row | BadRow]:

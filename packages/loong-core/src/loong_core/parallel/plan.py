@@ -229,6 +229,10 @@ def _reasons(
         yield "warning: parallel.sp = true has no effect where parallel.tp is 1: off"
     if section.vpp == 1:
         yield "warning: parallel.vpp = 1 has no effect"
+    settings = recipe.parallel.options
+    for name in ("exchange", "exchange_pieces"):
+        if name in settings and not _gathered(recipe, degrees, inventory):
+            yield f"warning: parallel.options.{name} has no effect where no tokens are gathered for experts"
     if section.recompute == "selective" and not _gathered(recipe, degrees, inventory):
         yield "warning: parallel.recompute = selective has no effect where no tokens are gathered for experts"
     if section.recompute == "auto":

@@ -20,6 +20,7 @@ def problems(shape: ModelShape, recipe: Recipe, cluster: Cluster, degrees: Degre
         *_world(cluster, degrees),
         *_divisors(shape, degrees, inventory),
         *_experts(recipe, degrees, inventory),
+        *_copies(recipe, cluster, degrees, inventory),
         *_pipeline(shape, recipe, degrees),
         *_sequence(recipe, degrees),
         *_batch(recipe, degrees),
@@ -128,6 +129,20 @@ def _experts(recipe: Recipe, degrees: Degrees, inventory: Inventory) -> Iterator
             f"parallel.sp = false with parallel.tp = {degrees.tp}: megatron-core trains mixture-of-experts layers "
             "under tensor parallelism only with sequence parallelism; allowed here true or auto; set parallel.sp to "
             "true, or parallel.tp to 1"
+        )
+
+
+def _copies(recipe: Recipe, cluster: Cluster, degrees: Degrees, inventory: Inventory) -> Iterator[str]:
+    """Where copy engines cannot carry tokens, as far as it is known before ranks have met."""
+    if recipe.parallel.options.get("exchange") != "copies" or not inventory.experts or degrees.ep == 1:
+        return
+    remedy = "allowed here auto, collectives; set one of them"
+    if cluster.backend != "cuda":
+        yield f"parallel.options.exchange = copies on the backend {cluster.backend}: only GPUs have engines; {remedy}"
+    elif degrees.tp > 1:
+        yield (
+            f"parallel.options.exchange = copies with parallel.tp = {degrees.tp}: tensor parallelism has one queue for "
+            f"all kernels, in which copies would hold up others; {remedy}, or parallel.tp to 1"
         )
 
 
