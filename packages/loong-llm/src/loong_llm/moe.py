@@ -105,9 +105,7 @@ class Mixture(MoELayer):
 
     def _exchanged(self, hidden: Tensor, carrier: transport.Transport) -> Tensor:
         """hidden [t,n] -> [t,n] by the experts of all ranks."""
-        pieces = self.pieces or pieces_of(len(hidden))
-        if pieces == 1 and self.by == "auto":
-            carrier = transport.Collectives(self.ep_group)
+        pieces = self.pieces or pieces_of(len(hidden), self.ep_group.size())
         share = Share(self.ep_group, self.num_local_experts, pieces, carrier, self.again)
         # The router's own messages are short and waited for: they must not queue behind the tokens.
         arriving = start(hidden, share) if carrier.apart else None
