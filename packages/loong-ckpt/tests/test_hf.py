@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,8 +20,10 @@ from ckpt_helpers import (
 )
 from safetensors.torch import save_file
 
-from loong_ckpt import hf
+from loong_ckpt import hf, source
 from loong_core.errors import CheckpointError
+from loong_core.precision import POLICIES
+from loong_core.recipe import Recipe
 from loong_core.testing.ranks import run_ranks
 from loong_core.weights import VERBS, shard
 
@@ -365,3 +368,14 @@ def test_a_parameter_nobody_wrote_stops_the_export(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=role):
         hf.save(tmp_path / "out2", run, engine)
     assert not (tmp_path / "out2").exists()
+
+
+def test_keys_that_a_recipe_sets_to_null_are_not_exported(tmp_path: Path) -> None:
+    """transformers takes a null for a size, and fails; one that the source had is the source's matter."""
+    config = {"architectures": ["Qwen2ForCausalLM"], "head_dim": None, "rope_scaling": None, "hidden_size": 8}
+    recipe = Recipe.model_validate({"model": {"config": {"head_dim": None, "hidden_size": 8}}})
+    run: Any = SimpleNamespace(recipe=recipe, config=config, precision=POLICIES[0], family=SimpleNamespace(
+        name="qwen2", hf_architectures=("Qwen2ForCausalLM",), sidecars=None
+    ))  # fmt: skip
+    written = json.loads(source._config(run, None, None))
+    assert "head_dim" not in written and written["rope_scaling"] is None and written["hidden_size"] == 8
