@@ -50,4 +50,6 @@ class PluginError(LoongError):
 
 
 class RunError(LoongError):
-    """The run itself failed after it started."""
+    """The run itself failed after it started. `told` is whether another rank tells the user the same."""
+
+    told = False

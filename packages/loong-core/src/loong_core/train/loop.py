@@ -65,7 +65,9 @@ def _stop(run: Run, engine: Engine, data: Batches, checkpoints: Checkpoints, int
     saved = f"is saved in {run.folder / FOLDER}, and the same command continues from there"
     if run.recipe.checkpoint.every is None:
         saved = "is not saved, because checkpoint.every is null"
-    raise RunError(f"{reason} The run stopped after step {run.step}, which {saved}.")
+    error = RunError(f"{reason} The run stopped after step {run.step}, which {saved}.")
+    error.told = not run.is_main and data.problem() is None
+    raise error
 
 
 def evaluate(run: Run, engine: Engine, data: Batches) -> float | None:

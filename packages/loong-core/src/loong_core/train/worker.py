@@ -48,7 +48,7 @@ def main(recipe_path: Path, startup: Startup | None = None) -> int:
             print("error: interrupted", file=sys.stderr)
         elif os.environ.get("LOONG_DEBUG") or not hasattr(error, "exit_code"):
             traceback.print_exc()
-        else:
+        elif not getattr(error, "told", False):
             print(f"error: {error}", file=sys.stderr)
     finally:
         (folder / "logs").mkdir(parents=True, exist_ok=True)
