@@ -266,6 +266,13 @@ def test_a_problem_of_the_data_is_told(tmp_path: Path) -> None:
         reporter.close()
 
 
+def test_a_run_that_is_to_stop_is_told_of_with_data_that_are_fine(tmp_path: Path) -> None:
+    for stop in (True, False):
+        reporter = metrics.Reporter(run(tmp_path, []))  # type: ignore[arg-type]
+        assert reporter.step(run(tmp_path, []), measured(), Data(), stop) == stop  # type: ignore[arg-type]
+        reporter.close()
+
+
 def test_tensorboard_scalars(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import types
 

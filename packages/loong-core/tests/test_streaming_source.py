@@ -213,6 +213,16 @@ def test_data_that_gives_out_ends_the_run_after_a_checkpoint(tmp_path: Path, eve
     assert saved == ([2, 3, -1] if every else [-1])
 
 
+def test_held_out_data_of_which_nothing_counts_have_no_loss(tmp_path: Path) -> None:
+    class Nothing(Engine):
+        def evaluate(self, batches: Any) -> dict[str, float]:
+            return {"loss": 0.0, "counted": 0.0}
+
+    going, report = running(tmp_path, None, run={"steps": 1}, data={"source": "robot", "eval": {}}), Report()
+    loop.train(going, Nothing(), Frames(), held(going)[0], report)  # type: ignore[arg-type]
+    assert report.rows[0]["eval_loss"] is None
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_the_run_after_its_step_and_a_checkpoint(tmp_path: Path, number: signal.Signals) -> None:
     before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]

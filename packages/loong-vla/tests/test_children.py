@@ -135,6 +135,19 @@ def test_a_process_that_dies_is_an_error_and_no_wait(opened: Open, tmp_path: Pat
     assert time.monotonic() - began < 5 and str(tmp_path / "logs") in str(caught.value)
 
 
+def test_a_signal_to_all_processes_of_a_run_leaves_those_that_make_batches(opened: Open) -> None:
+    """The training process has a step to finish, and ends them then."""
+    ours = ready(opened(processes=1))
+    ours.batches(0)
+    assert ours._children is not None
+    (first,) = ours._children.processes
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        first.send_signal(number)
+    for step in range(1, 6):
+        ours.batches(step)
+    assert first.poll() is None
+
+
 def test_what_a_process_cannot_open_is_an_error(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     from loong_vla import open_stream
 

@@ -50,7 +50,7 @@ class Balance:
         """Keep the statistics of one layer; nothing is computed, its experts wait. A recomputed layer counts once."""
         if self._rows is None:
             self._rows = len(routing.experts)
-        self._seen.setdefault(layer, (routing.counts, routing.sums))
+        self._seen[layer] = routing.counts, routing.sums
 
     def close(self, output: Tensor) -> Tensor:
         """The loss of the micro-batch, coefficient applied: a scalar that hangs on `output`, the same on every rank."""
