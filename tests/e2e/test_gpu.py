@@ -91,6 +91,9 @@ def test_experts_in_one_grouped_matmul_train_as_on_a_cpu(tmp_path: Path) -> None
         {"options": {"exchange": "collectives", "exchange_pieces": 3}},
         {"options": {"exchange": "copies"}},
         {"options": {"exchange": "copies", "exchange_pieces": 3}, "recompute": "selective"},
+        {"options": {"dispatch": "weights"}},
+        {"options": {"dispatch": "weights", "exchange": "copies"}},
+        {"options": {"dispatch": "weights", "exchange": "copies"}, "recompute": "full"},
     ],
     ids=str,
 )

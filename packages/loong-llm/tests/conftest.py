@@ -38,7 +38,14 @@ def checkpoint(kind: str, folder: Path, **settings: Any) -> Checkpoint:
     return Checkpoint(model, json.loads((folder / "config.json").read_text()), tensors)
 
 
-def build(family: Any, config: dict[str, Any], dropout: float = 0.0, device: str = "cpu", **degrees: Any) -> Any:
+def build(
+    family: Any,
+    config: dict[str, Any],
+    dropout: float = 0.0,
+    device: str = "cpu",
+    dispatch: str = "auto",
+    **degrees: Any,
+) -> Any:
     """(chunks, shape, context) of this rank under a layout; process groups are made anew."""
     import torch.distributed as dist
     from megatron.core import parallel_state, tensor_parallel
@@ -81,6 +88,7 @@ def build(family: Any, config: dict[str, Any], dropout: float = 0.0, device: str
         first=tuple(stage == 0 for stage in stages),
         last=tuple(stage == plan.pp * plan.vpp - 1 for stage in stages),
         dropout=dropout,
+        dispatch=dispatch,
     )
     return build_decoder(shape, context), shape, context
 

@@ -182,11 +182,11 @@ def test_the_next_piece_travels_while_one_is_computed() -> None:
 
             return call
 
-        gradients = exchange._gradients
+        gradients = exchange.gradients
         with (
             mock.patch.object(dist, "all_gather_into_tensor", noted("gather", dist.all_gather_into_tensor)),
             mock.patch.object(dist, "reduce_scatter_tensor", noted("scatter", dist.reduce_scatter_tensor)),
-            mock.patch.object(exchange, "_gradients", noted("compute", gradients)),
+            mock.patch.object(exchange, "gradients", noted("compute", gradients)),
         ):
             exchanged(2)
         return log
@@ -376,6 +376,6 @@ def test_layers_exchange_as_the_recipe_says(parallel: dict[str, Any], found: tup
 
         _, engine = tiny.start(tiny.settings("qwen3_moe", CONFIG, parallel=parallel), tmp_path, False)
         mixtures = [module for module in engine.modules[0].modules() if isinstance(module, Mixture)]
-        return [(mixture.pieces, mixture.again) for mixture in mixtures]
+        return [(mixture.meeting.pieces, mixture.meeting.again) for mixture in mixtures]
 
     assert run_ranks(1, work) == [[list(found)] * CONFIG["num_hidden_layers"]]

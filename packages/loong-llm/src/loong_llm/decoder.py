@@ -14,15 +14,17 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from loong_core.parallel.build import BuildContext
-from loong_core.parallel.options import gathers
+from loong_core.parallel.options import way
 from loong_core.train.engine import Batch, LocalParameter
 from loong_core.types import ModelShape
 from loong_core.weights import padded_extent
 from loong_llm import layers
 from loong_llm.head import Head
+from loong_llm.moe import Meeting
 from loong_llm.rope import RotaryAngles
 from loong_llm.router import Balance, BalancedRouter
 from loong_llm.shape import is_sparse
+from loong_llm.sharded_experts import ShardedExperts
 
 ROLES: dict[str, str] = {
     "embed": "embedding.word_embeddings.weight",
@@ -62,17 +64,14 @@ class Decoder(GPTModel):
 
     output_layer: Any
 
-    def __init__(self, shape: ModelShape, context: BuildContext, config: TransformerConfig, index: int) -> None:
+    def __init__(
+        self, shape: ModelShape, context: BuildContext, config: TransformerConfig, index: int, meeting: Meeting
+    ) -> None:
         fields = shape.fields
-        self._index = index
+        self._index, self._sharded = index, meeting.sharded
+        if meeting.sharded is not None:
+            meeting.sharded.begin_chunk()
         balance = _balance(shape, context)
-        gathered = gathers(context.dispatch, context.plan.ep, context.plan.etp)
-        exchange = {
-            "gathers": gathered,
-            "by": context.exchange,
-            "pieces": context.exchange_pieces,
-            "again": context.plan.recompute == "selective",
-        }
         router = None
         if fields["experts"]:
             settings: dict[str, Any] = {"ops": context.ops, "balance": balance, "normalise": fields["norm_top_k"]}
@@ -80,7 +79,7 @@ class Decoder(GPTModel):
         super().__init__(
             config=config,
             transformer_layer_spec=layers.block(
-                context.layers, context.ops, fields, context.chunks[index], router, exchange
+                context.layers, context.ops, fields, context.chunks[index], router, meeting
             ),
             vocab_size=padded_extent(shape.vocabulary, context.plan.tp),
             max_sequence_length=0,  # only learned positions would read it
@@ -110,7 +109,11 @@ class Decoder(GPTModel):
         segments = batch.get("segments")
         if self.balance is not None:
             self.balance.start(None if segments is None else self._counted(segments))
+        if self._sharded is not None:
+            self._sharded.start(self._index)
         hidden = self._embedded(batch["tokens"], batch["positions"]) if self.pre_process else None
+        if self._sharded is not None and hidden is not None:
+            hidden = self._sharded.tied(self._index, hidden)
         hidden = self.decoder(
             hidden_states=hidden,
             attention_mask=segments,  # what `loong_core.parallel.core_attention` expects in its place
@@ -176,8 +179,19 @@ def build(shape: ModelShape, context: BuildContext) -> list[Decoder]:
     """This rank's pipeline chunks, in order. Parameters hold no meaningful values yet."""
     # megatron-core 0.19 warns of every model that its successor HybridModel is preferred: news for us, not for users.
     logging.getLogger(GPTModel.__module__).setLevel(logging.ERROR)
-    config = configure(shape, context)
-    return [Decoder(shape, context, config, index).to(context.device) for index in range(len(context.chunks))]
+    config, meeting = configure(shape, context), _meeting(context)
+    return [Decoder(shape, context, config, index, meeting).to(context.device) for index in range(len(context.chunks))]
+
+
+def _meeting(context: BuildContext) -> Meeting:
+    plan = context.plan
+    found = way(context.dispatch, plan.ep, plan.etp)
+    sharded = None
+    if found == "weights":
+        full = plan.recompute == "full"
+        sharded = ShardedExperts(context.groups.ep, context.exchange, context.ops.sum_parts, recomputes=full)
+    again = plan.recompute == "selective"
+    return Meeting(way=found, by=context.exchange, pieces=context.exchange_pieces, again=again, sharded=sharded)
 
 
 def configure(shape: ModelShape, context: BuildContext) -> TransformerConfig:

@@ -22,6 +22,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from loong_core.parallel.fetch import Fetched
 from loong_core.parallel.gradient_buffer import put_off
 from loong_core.parallel.transport import Collectives, Handle, Transport
+from loong_llm.inner_graph import gradients
 
 Compute = Callable[[Tensor, Tensor, Tensor, Callable[[], int]], Tensor]
 """Tokens [m,n], weights [m,k], chosen experts [m,k] and what tells how many of those are held here, for which the host
@@ -183,7 +184,7 @@ class _Exchange(torch.autograd.Function):
             for handle in here:
                 handle.wait()
             with put_off() as products:
-                of_tokens, of_own, *parts = _gradients(sums, (tokens, own, *ctx.parameters), added.flatten(0, 1))
+                of_tokens, of_own, *parts = gradients(sums, (tokens, own, *ctx.parameters), added.flatten(0, 1))
             if of_hidden is not None:
                 leaving.append(share.transport.scatter(of_tokens, of_hidden[begin:end]))
             while products:
@@ -214,13 +215,6 @@ def _emptied(tokens: Tensor, share: Share) -> Tensor:
     storage = tokens.untyped_storage()
     storage.resize_(tokens.nbytes)
     return tokens.new_empty(0).set_(storage, 0, tokens.shape, tokens.stride()).unflatten(0, (share.ranks, -1))
-
-
-def _gradients(output: GradientEdge, inputs: Sequence[Tensor], gradient: Tensor) -> list[Any]:
-    """Of each input its gradient, None where it needs none, or an op has brought that to its buffer itself."""
-    wanted = [tensor for tensor in inputs if tensor.requires_grad]
-    found = iter(torch.autograd.grad(output, wanted, gradient, allow_unused=True))
-    return [next(found) if tensor.requires_grad else None for tensor in inputs]
 
 
 def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:

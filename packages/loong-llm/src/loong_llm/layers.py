@@ -21,7 +21,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor, nn
 
 from loong_llm.attention import HeadNorm, rotary_attention
-from loong_llm.moe import Experts, Mixture
+from loong_llm.moe import Experts, HeldExperts, Meeting, Mixture
 from loong_llm.shape import is_sparse
 
 if TYPE_CHECKING:
@@ -43,17 +43,16 @@ def block(
     fields: Mapping[str, Any],
     layers: Sequence[int],
     router: Callable[..., Any] | None,
-    exchange: Mapping[str, Any],
+    meeting: Meeting,
 ) -> TransformerBlockSubmodules:
     """The layers `layers` (global indices) of a model with settings `fields`.
 
-    `router` builds the router of layers with experts; `exchange` is how their tokens are exchanged, as settings of
-    `Mixture`.
+    `router` builds the router of layers with experts; `meeting` is how their tokens meet experts of other ranks.
     """
     norm = provider.layer_norm(rms_norm=True, has_residual=True)
     attention = _attention(provider, ops, fields)
     dense = _mlp(provider, ops, fields)
-    sparse = _experts(ops, router, exchange) if router is not None else None
+    sparse = _experts(ops, router, meeting) if router is not None else None
     specs = [
         ModuleSpec(
             module=TransformerLayer,
@@ -143,6 +142,6 @@ def _holding(linear: type) -> type:
     return type(linear.__name__, (linear,), {"forward": forward})
 
 
-def _experts(ops: Ops, router: Callable[..., Any], exchange: Mapping[str, Any]) -> Callable[..., Any]:
-    experts = type("Experts", (Experts,), {"ops": ops})
-    return partial(Mixture, submodules=MoESubmodules(experts=experts, router=router), **exchange)
+def _experts(ops: Ops, router: Callable[..., Any], meeting: Meeting) -> Callable[..., Any]:
+    experts = type("Experts", (HeldExperts if meeting.way == "weights" else Experts,), {"ops": ops})
+    return partial(Mixture, submodules=MoESubmodules(experts=experts, router=router), meeting=meeting)

@@ -6,6 +6,7 @@ expert on this rank.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -18,8 +19,10 @@ from loong_llm.exchange import Share, exchange, pieces_of, start
 
 if TYPE_CHECKING:
     from loong_core.ops import Ops
+    from loong_core.parallel.options import Way
     from loong_core.references.experts import Pairs
     from loong_core.references.routing import Routing
+    from loong_llm.sharded_experts import ShardedExperts
 
 
 class Experts(nn.Module):
@@ -63,50 +66,76 @@ class Experts(nn.Module):
         return type(self).ops.experts(hidden, self.up, self.down, weights, chosen, first=first, pairs=pairs), None
 
 
-class Mixture(MoELayer):
-    """Router, exchange and experts of a layer.
+class HeldExperts(Experts):
+    """Experts that are computed with elsewhere. Calling them gives their weights: the hooks by which megatron-core
+    finishes a parameter's gathering run on calls."""
 
-    With the experts of a layer on few ranks (`gathers`), every rank takes the tokens of all of them and adds its own
-    experts' part; results are summed where the token lives (`exchange`, in `pieces`, `by` a transport). A token with 8
-    experts on 4 ranks visits nearly all of them, so it travels once instead of twice, messages have a fixed size, and
-    nothing is permuted. Otherwise megatron-core's all-to-all dispatcher sends each (token, expert) pair.
+    def forward(self, *_: Any, **__: Any) -> Any:
+        """`up` [e,2f,n] and `down` [e,n,f]."""
+        return self.up, self.down
+
+
+@dataclass(frozen=True, kw_only=True)
+class Meeting:
+    """How the tokens of a rank meet experts of others: the `way`, `by` a transport; with gather in `pieces`, and with
+    tokens gathered `again` for backward; with weights by what the layers of all chunks share, `sharded`."""
+
+    way: Way
+    by: transport.TransportName = "collectives"
+    pieces: int | None = None
+    again: bool = False
+    sharded: ShardedExperts | None = None
+
+
+class Mixture(MoELayer):
+    """Router and experts of a layer, and how they meet.
+
+    With the experts of a layer on few ranks every rank takes the tokens of all of them and adds its own experts' part;
+    results are summed where the token lives (`exchange`). A token with 8 experts on 4 ranks visits nearly all of them,
+    so it travels once instead of twice, messages have a fixed size, and nothing is permuted. With many tokens on each
+    rank the experts can come to them instead (`sharded_experts`). Otherwise megatron-core's all-to-all dispatcher sends
+    each (token, expert) pair.
     """
 
-    def __init__(
-        self,
-        config: Any,
-        *args: Any,
-        gathers: bool,
-        by: transport.TransportName,
-        pieces: int | None,
-        again: bool,
-        **kwargs: Any,
-    ) -> None:
+    def __init__(self, config: Any, *args: Any, meeting: Meeting, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
-        self.gathers, self.by, self.pieces, self.again = gathers, by, pieces, again
+        self.meeting = meeting
         self.transport: transport.Transport | None = None
-        if gathers and self.ep_group.size() > 1:
-            self.transport = transport.between(self.ep_group, by, self.experts.ops.sum_parts)
-        self.router.sparse = gathers
+        if meeting.way == "gather":
+            self.transport = transport.between(self.ep_group, meeting.by, self.experts.ops.sum_parts)
+        self.place = meeting.sharded.add(self.experts) if meeting.sharded is not None else 0
+        self.router.sparse = meeting.way != "alltoall"
 
     def forward(
         self, hidden_states: Tensor, intermediate_tensors: Any = None, padding_mask: Any = None
     ) -> tuple[Tensor, None]:
         """hidden_states [s,b,n] -> ([s,b,n], no bias)."""
-        if not self.gathers:
+        if self.meeting.way == "alltoall":
             return super().forward(hidden_states, intermediate_tensors, padding_mask)
         hidden = hidden_states.reshape(-1, hidden_states.shape[-1])
-        if self.transport is None:
+        if self.transport is not None:
+            output = self._exchanged(hidden, self.transport)
+        elif self.meeting.sharded is not None:
+            output = self._visited(hidden, self.meeting.sharded)
+        else:
             routing: Routing = self.router(hidden)
             output, _ = self.experts(hidden, None, routing.weights, routing.experts)
-        else:
-            output = self._exchanged(hidden, self.transport)
         return output.view(hidden_states.shape), None
 
+    def _visited(self, hidden: Tensor, sharded: ShardedExperts) -> Tensor:
+        """hidden [t,n] -> [t,n] by the experts of all ranks, which come here."""
+        routing: Routing = self.router(hidden)
+
+        def compute(tokens: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> Tensor:
+            output: Tensor = type(self.experts).ops.experts(tokens, up, down, weights, routing.experts)
+            return output
+
+        return sharded.forward(self.place, hidden, routing.weights, compute)
+
     def _exchanged(self, hidden: Tensor, carrier: transport.Transport) -> Tensor:
-        """hidden [t,n] -> [t,n] by the experts of all ranks."""
-        pieces = self.pieces or pieces_of(len(hidden), self.ep_group.size())
-        share = Share(self.ep_group, self.num_local_experts, pieces, carrier, self.again)
+        """hidden [t,n] -> [t,n] by the experts of all ranks, to which the tokens go."""
+        pieces = self.meeting.pieces or pieces_of(len(hidden), self.ep_group.size())
+        share = Share(self.ep_group, self.num_local_experts, pieces, carrier, self.meeting.again)
         # The router's own messages are short and waited for: they must not queue behind the tokens.
         arriving = start(hidden, share) if carrier.apart else None
         routing: Routing = self.router(hidden)

@@ -22,7 +22,7 @@ class BuildContext:
     `layers` satisfies megatron-core's `BackendSpecProvider`; `groups` is its `ProcessGroupCollection`; both are None
     under the torch engine. `chunks` holds, for every pipeline chunk of this rank in order, the global indices of its
     layers. The chunk with `first[i]` owns the embedding, the one with `last[i]` the final norm and the head.
-    `dispatch`, `exchange` and `exchange_pieces` are how tokens reach experts on other ranks (`MegatronOptions`).
+    `dispatch`, `exchange` and `exchange_pieces` are how tokens meet experts of other ranks (`MegatronOptions`).
     """
 
     plan: ParallelPlan

@@ -133,6 +133,13 @@ class Inventory:
         return sum(sparse[kind] for kind in self.kind_of) / max(len(self.kind_of), 1)
 
     @property
+    def experts_of_a_layer(self) -> Count:
+        """The experts of the layer that has most of them, whole."""
+        whole = Degrees(world=1)
+        kinds = (_count([group for group in kind if group.expert], whole) for kind in self.kinds)
+        return max(kinds, key=lambda count: count.total, default=Count())
+
+    @property
     def groups(self) -> tuple[Group, ...]:
         """Every distinct group of the model."""
         return (*self.first, *(group for kind in self.kinds for group in kind), *self.last)

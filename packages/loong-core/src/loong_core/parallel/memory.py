@@ -20,6 +20,7 @@ from loong_core.errors import Unsupported
 from loong_core.parallel.layout import Count, Degrees
 from loong_core.types import ModelShape, PrecisionPolicy
 
+NOBODY = Count()
 Recompute = Literal["none", "selective", "full"]
 RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")
 """From fastest to leanest."""
@@ -50,6 +51,7 @@ def estimate(
     recompute: Recompute,
     fused_loss: bool = True,
     exchanged: float = 0.0,
+    visiting: Count = NOBODY,
 ) -> dict[str, int]:
     """Bytes on the rank that needs most, by use: `parameters`, `gradients`, `master`, `optimizer`, `activations`,
     `logits`, and their `total`.
@@ -57,13 +59,16 @@ def estimate(
     `counts[i]` is what a rank of pipeline stage i holds; `micro_batch_tokens` the tokens of one micro-batch, before
     context parallelism cuts them. Without `fused_loss` the logits of a whole micro-batch are held. `exchanged` are
     elements per token and layer, beside the shape's own, that an exchange of tokens between ranks leaves for backward:
-    fewer with selective recomputation, which spares nothing else.
+    fewer with selective recomputation, which spares nothing else. `visiting` is a layer's experts where all of them come
+    to each rank: two layers are there at a time, and the gradients of two are on their way.
     """
     tokens = micro_batch_tokens / degrees.cp
     ranks = []
     for stage in range(degrees.pp):
         layers = sum(len(stages[chunk]) for chunk in range(stage, len(stages), degrees.pp))
         uses = _weights(counts[stage], degrees, precision)
+        uses["parameters"] += 2 * visiting.total * dtype_bytes(precision.parameters)
+        uses["gradients"] += 2 * visiting.expert_trained * dtype_bytes(precision.gradients)
         uses["activations"] = round(
             tokens * _activations(shape, degrees, layers, stage, micro_batches, recompute, exchanged)
         ) * dtype_bytes(precision.activations)

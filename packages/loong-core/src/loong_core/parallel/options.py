@@ -12,19 +12,30 @@ WIDEST_GATHER = 8
 """Largest expert-parallel group among whose ranks `dispatch: auto` exchanges all tokens: about one node."""
 
 
-def gathers(dispatch: str, ep: int, etp: int) -> bool:
-    """Whether ranks that share a layer's experts take the tokens of all of them (see `MegatronOptions.dispatch`)."""
-    return etp == 1 and (dispatch == "gather" or (dispatch == "auto" and ep <= WIDEST_GATHER))
+Way = Literal["local", "gather", "weights", "alltoall"]
+"""How tokens and experts meet; local: all experts are here."""
+
+
+def way(dispatch: str, ep: int, etp: int) -> Way:
+    """What `MegatronOptions.dispatch` comes to in groups of `ep` ranks that cut each expert in `etp` parts."""
+    if dispatch == "alltoall" or etp > 1:
+        return "alltoall"
+    if ep == 1:
+        return "local"
+    if dispatch == "weights":
+        return "weights"
+    return "gather" if dispatch == "gather" or ep <= WIDEST_GATHER else "alltoall"
 
 
 class MegatronOptions(Section):
     overlap: bool = True
     """Overlap gradient reduction and parameter gathering with compute where there is data parallelism."""
-    dispatch: Literal["auto", "gather", "alltoall"] = "auto"
-    """How tokens reach experts on other ranks: gather (all ranks of the group see all tokens; the experts are not cut)
-    or alltoall (each token is sent per expert). auto: gather in groups of up to 8 ranks where experts are not cut."""
+    dispatch: Literal["auto", "gather", "weights", "alltoall"] = "auto"
+    """How tokens meet experts of other ranks: gather (all ranks of the group see all tokens; the experts are not cut),
+    weights (tokens stay; a layer's experts are gathered while other layers are computed) or alltoall (each token is
+    sent per expert). auto: gather in groups of up to 8 ranks where experts are not cut."""
     exchange: Literal["auto", "collectives", "copies"] = "collectives"
-    """With gather: what carries the tokens. collectives: NCCL's kernels, which take multiprocessors from what runs
+    """With gather and weights: what carries them. collectives: NCCL's kernels, which take multiprocessors from what runs
     beside them; copies: the copy engines of GPUs that see each other's memory. On two H200s copies took 6 % less of a
     step where a rank had 8,192 tokens and as much where it had 32,768. auto: copies where they can be."""
     exchange_pieces: PositiveInt | None = None

@@ -114,11 +114,10 @@ class PeerCopies:
         self._make_room(size)
         self._follow(mine, everyones)
         self._offer(mine)
+        self._copy(place + self._rank * size, mine.data_ptr(), size)
         for other, slot in self._offered():
             self._copy(place + other * size, slot, size)
-        done = self._stream.record_event()
-        everyones[self._rank].copy_(mine)  # by the current stream, which has to wait for the others' anyway
-        return everyones, _Arrival(done, None)
+        return everyones, _Arrival(self._stream.record_event(), None)
 
     def scatter(self, everyones: Tensor, mine: Tensor) -> _Arrival:
         """See `Transport`."""

@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from itertools import groupby, product
 
 from loong_core.errors import RecipeError
-from loong_core.parallel.layout import Degrees, Inventory, split_layers
+from loong_core.parallel.layout import Count, Degrees, Inventory, split_layers
 from loong_core.parallel.memory import RECOMPUTE, Recompute, estimate
-from loong_core.parallel.options import gathers
+from loong_core.parallel.options import Way, way
 from loong_core.parallel.rules import allowed, divisors_of, problems
 from loong_core.recipe import Recipe
 from loong_core.types import Cluster, ModelShape, ParallelPlan, ParallelPlanner, PrecisionPolicy
@@ -109,9 +109,10 @@ def _try(
     fused_loss = cluster.backend != "cpu" and recipe.ops.get("linear_cross_entropy") != "torch"
     tokens = data.micro_batch * data.seq_len
     fixed = shape, degrees, stages, counts, precision, tokens, micro_batches
+    visiting = inventory.experts_of_a_layer if _way(recipe, degrees, inventory) == "weights" else Count()
     for recompute in options:
         exchanged = _exchanged(shape, recipe, degrees, inventory, recompute)
-        memory = estimate(*fixed, recompute, fused_loss, exchanged)
+        memory = estimate(*fixed, recompute, fused_loss, exchanged, visiting)
         fits = memory["total"] <= budget
         if fits:
             break
@@ -125,17 +126,20 @@ def _exchanged(
     """Elements per token and layer that are kept of tokens which came from other ranks for their experts."""
     if degrees.ep * degrees.etp == 1:
         return 0.0
-    if not _gathered(recipe, degrees, inventory):
-        copies = 2 * shape.experts_per_token  # what a token's experts get and give
-    else:
-        copies = 0 if recompute == "selective" else degrees.ep  # everybody's tokens, or gathered again
-    return inventory.sparse_share * copies * shape.hidden
+    copies = {
+        "local": 0,
+        "weights": 0,
+        "gather": 0 if recompute == "selective" else degrees.ep,  # gathered again, or everybody's tokens
+        "alltoall": 2 * shape.experts_per_token,  # what a token's experts get and give
+    }
+    return inventory.sparse_share * copies[_way(recipe, degrees, inventory)] * shape.hidden
 
 
-def _gathered(recipe: Recipe, degrees: Degrees, inventory: Inventory) -> bool:
-    """Whether ranks take the tokens of all ranks of their group for the experts they hold."""
-    dispatch = str(recipe.parallel.options.get("dispatch", "auto"))
-    return bool(inventory.experts) and degrees.ep > 1 and gathers(dispatch, degrees.ep, degrees.etp)
+def _way(recipe: Recipe, degrees: Degrees, inventory: Inventory) -> Way:
+    """How tokens meet experts that other ranks hold."""
+    if not inventory.experts:
+        return "local"
+    return way(str(recipe.parallel.options.get("dispatch", "auto")), degrees.ep, degrees.etp)
 
 
 # ------------------------------------------------------------------------------------------------ auto
@@ -229,11 +233,12 @@ def _reasons(
         yield "warning: parallel.sp = true has no effect where parallel.tp is 1: off"
     if section.vpp == 1:
         yield "warning: parallel.vpp = 1 has no effect"
-    settings = recipe.parallel.options
-    for name in ("exchange", "exchange_pieces"):
-        if name in settings and not _gathered(recipe, degrees, inventory):
-            yield f"warning: parallel.options.{name} has no effect where no tokens are gathered for experts"
-    if section.recompute == "selective" and not _gathered(recipe, degrees, inventory):
+    settings, met = recipe.parallel.options, _way(recipe, degrees, inventory)
+    if "exchange" in settings and met not in ("gather", "weights"):
+        yield "warning: parallel.options.exchange has no effect where neither tokens nor experts are gathered"
+    if "exchange_pieces" in settings and met != "gather":
+        yield "warning: parallel.options.exchange_pieces has no effect where no tokens are gathered for experts"
+    if section.recompute == "selective" and met != "gather":
         yield "warning: parallel.recompute = selective has no effect where no tokens are gathered for experts"
     if section.recompute == "auto":
         yield f"parallel.recompute = {chosen.recompute}: {_recompute_reason(cluster, chosen, total, budget)}"

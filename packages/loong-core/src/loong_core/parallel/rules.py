@@ -118,11 +118,10 @@ def _experts(recipe: Recipe, degrees: Degrees, inventory: Inventory) -> Iterator
             f"the {stage} devices of a pipeline stage ({degrees.world} devices / parallel.pp {degrees.pp}): allowed "
             f"products here are {words(divisors_of(stage))}; lower parallel.ep or parallel.etp"
         )
-    if section.options.get("dispatch") == "gather" and degrees.etp > 1:
+    if (dispatch := section.options.get("dispatch")) in ("gather", "weights") and degrees.etp > 1:
         yield (
-            f"parallel.options.dispatch = gather with parallel.etp = {degrees.etp}: only whole "
-            "experts are gathered for; allowed here auto, alltoall; "
-            "set one of them, or parallel.etp to 1"
+            f"parallel.options.dispatch = {dispatch} with parallel.etp = {degrees.etp}: only whole experts meet tokens "
+            "that way; allowed here auto, alltoall; set one of them, or parallel.etp to 1"
         )
     if degrees.tp > 1 and not degrees.sp:
         yield (
@@ -133,7 +132,7 @@ def _experts(recipe: Recipe, degrees: Degrees, inventory: Inventory) -> Iterator
 
 
 def _copies(recipe: Recipe, cluster: Cluster, degrees: Degrees, inventory: Inventory) -> Iterator[str]:
-    """Where copy engines cannot carry tokens, as far as it is known before ranks have met."""
+    """Where copy engines can carry nothing, as far as it is known before ranks have met."""
     if recipe.parallel.options.get("exchange") != "copies" or not inventory.experts or degrees.ep == 1:
         return
     remedy = "allowed here auto, collectives; set one of them"

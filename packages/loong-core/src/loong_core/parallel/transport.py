@@ -64,8 +64,8 @@ class Collectives:
 
 
 @cache
-def between(group: Any, name: TransportName, sum_parts: SumParts) -> Transport:
-    """The transport of a group, one for all who ask. Collective. `sum_parts` is the op.
+def between(group: Any, name: TransportName, sum_parts: SumParts, cargo: str = "tokens") -> Transport:
+    """The transport of a `cargo` in a group, one for all who ask. Collective. `sum_parts` is the op.
 
     `auto` takes copies where all ranks of the group can read each other's GPU memory, and says once why not. Raises
     `Unsupported` where copies were asked for and cannot be.
@@ -73,17 +73,17 @@ def between(group: Any, name: TransportName, sum_parts: SumParts) -> Transport:
     if name == "collectives":
         return Collectives(group)
     if dist.get_backend(group) != "nccl":
-        return _instead(group, name, "the group is not one of CUDA devices")
+        return _instead(group, name, cargo, "the group is not one of CUDA devices")
     from loong_core.parallel import peer_copies
 
     if reason := peer_copies.unavailable(group):
-        return _instead(group, name, reason)
-    log.info("tokens travel to experts of other ranks by copy engines")
+        return _instead(group, name, cargo, reason)
+    log.info("%s travel by copy engines", cargo)
     return peer_copies.PeerCopies(group, sum_parts)
 
 
-def _instead(group: Any, name: TransportName, reason: str) -> Collectives:
+def _instead(group: Any, name: TransportName, cargo: str, reason: str) -> Collectives:
     if name == "copies":
         raise Unsupported(f"parallel.options.exchange: copies is not possible here: {reason}. Use auto or collectives.")
-    log.info("tokens travel to experts of other ranks by collectives: %s", reason)
+    log.info("%s travel by collectives: %s", cargo, reason)
     return Collectives(group)
