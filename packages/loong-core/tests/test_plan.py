@@ -62,6 +62,13 @@ REFUSALS: list[tuple[str, ModelShape, int, Recipe, list[str]]] = [
         recipe(tp=2, etp=2, options={"dispatch": "gather"}),
         ["dispatch = gather", "etp = 2", "alltoall"],
     ),
+    (
+        "visiting parts",
+        SPARSE,
+        4,
+        recipe(tp=2, etp=2, options={"dispatch": "weights"}),
+        ["dispatch = weights", "etp = 2", "alltoall"],
+    ),
     ("expert ranks of a stage", SPARSE, 4, recipe(ep=2, etp=2, pp=2), ["2 x 2 = 4 does not divide the 2 devices"]),
     ("experts need sp", SPARSE, 2, recipe(tp=2, sp=False), ["parallel.sp = false", "parallel.tp = 2", "true or auto"]),
     ("vpp without pp", DENSE, 2, recipe(vpp=2), ["parallel.vpp = 2", "parallel.pp is 1", "remove parallel.vpp"]),
@@ -184,14 +191,18 @@ def test_settings_without_effect_are_told() -> None:
         (DENSE, recipe(recompute="selective")),
         (SPARSE, recipe(recompute="selective")),
         (SPARSE, recipe(ep=2, recompute="selective", options={"dispatch": "alltoall"})),
+        (SPARSE, recipe(ep=2, recompute="selective", options={"dispatch": "weights"})),
     ):
         assert any("selective has no effect" in reason for reason in made(shape, 2, asked).reasons)
     assert not any("selective" in reason for reason in made(SPARSE, 2, recipe(ep=2, recompute="selective")).reasons)
     asked = recipe(ep=2, options={"dispatch": "alltoall", "exchange": "collectives", "exchange_pieces": 3})
-    told = [reason for reason in made(SPARSE, 2, asked).reasons if "no tokens are gathered" in reason]
+    told = [reason for reason in made(SPARSE, 2, asked).reasons if "gathered" in reason]
     assert len(told) == 2 and "parallel.options.exchange_pieces has no effect" in told[1]
-    pieces = recipe(ep=2, options={"exchange_pieces": 3})
-    assert not any("no effect" in reason for reason in made(SPARSE, 2, pieces).reasons)
+    asked = recipe(ep=2, options={"dispatch": "weights", "exchange": "collectives", "exchange_pieces": 3})
+    (told,) = [reason for reason in made(SPARSE, 2, asked).reasons if "gathered" in reason]
+    assert "parallel.options.exchange_pieces has no effect" in told
+    for ranks, pieces in ((2, recipe(ep=2, options={"exchange_pieces": 3})), (1, recipe())):
+        assert not any("no effect" in reason for reason in made(SPARSE, ranks, pieces).reasons)
     found = made(DENSE, 4, recipe(tp=2), nodes=4)
     assert any("spans nodes of 1 device" in reason for reason in found.reasons)
     found = made(decoder_shape(), 2, recipe(tp=2))
@@ -272,6 +283,20 @@ def test_selective_keeps_no_tokens_of_other_ranks() -> None:
         return none - selective
 
     assert saved("gather") - saved("alltoall") == 2 * SPARSE.hidden * SPARSE.layers * 64 * 2
+
+
+def test_experts_that_travel_need_room_for_two_layers_and_keep_no_tokens() -> None:
+    gathered, visiting, frozen = (
+        made(SPARSE, 2, recipe(ep=2, options={"dispatch": dispatch}, model={"freeze": freeze})).memory
+        for dispatch, freeze in (("gather", []), ("weights", []), ("weights", ["*.moe.*"]))
+    )
+    whole = sum(spec.size for spec in SPARSE.parameters if spec.expert is not None and spec.layer == 0)
+    assert visiting["parameters"] - gathered["parameters"] == 2 * whole * 2
+    assert visiting["gradients"] - gathered["gradients"] == 2 * whole * 4
+    assert gathered["activations"] - visiting["activations"] == 2 * SPARSE.hidden * SPARSE.layers * 64 * 2
+    assert frozen["parameters"] == visiting["parameters"]
+    trained = sum(spec.size for spec in SPARSE.parameters if ".moe." not in spec.role)
+    assert frozen["gradients"] == trained * 4
 
 
 def test_tensor_parallelism_asks_for_one_queue() -> None:

@@ -72,10 +72,8 @@ class ShardedExperts:
 
     # ------------------------------------------------------------------------------------------------ as it is used
     def start(self, chunk: int) -> None:
-        """Begin a forward pass of a chunk: weights may have changed since the last."""
+        """Begin a forward pass of a chunk: weights may have changed since the last, so its first layers come anew."""
         self._landings.clear()
-        for room in self._rooms:
-            room.holds = None
         begin, end = self._chunks[chunk], self._end(chunk)
         for place in range(begin, min(begin + ROOMS, end)):
             self._fetch(place)
@@ -141,7 +139,7 @@ class ShardedExperts:
 
 
 class _Room:
-    """Where a layer is whole: the place of that layer, None where weights may have changed since."""
+    """Where a layer is whole, and the place of that layer."""
 
     def __init__(self) -> None:
         self.stacks: Stacks | None = None
