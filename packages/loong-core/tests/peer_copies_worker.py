@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import sys
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -51,9 +52,38 @@ def main() -> None:
             torch.testing.assert_close(
                 found.float(), exact.to(dtype).float(), rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-3
             )
+    _turns(rank, ranks, group, common, own, generator)
     torch.cuda.synchronize()
     print(f"rank {rank} of {ranks}: {ROUNDS} rounds equal")
     dist.destroy_process_group()
+
+
+def _turns(
+    rank: int, ranks: int, group: Any, common: random.Random, own: random.Random, generator: torch.Generator
+) -> None:
+    """What is put together where others read it, each pair added up after the next was sent."""
+    copies = transport.between(group, "copies", sum_parts, transport.Cargo("gradients", urgent=False, ahead=2))
+    collectives = transport.Collectives(group)
+    before: list[tuple[torch.Tensor, torch.Tensor, transport.Handle]] = []
+    for _ in range(ROUNDS):
+        shapes = [(common.choice([1, 7, 3000]), common.choice([1, 33, 512])) for _ in range(common.randint(1, 2))]
+        like = [torch.empty(ranks * rows, columns, device="cuda") for rows, columns in shapes]
+        leaving = []
+        outboxes = copies.outboxes(like, torch.float32)
+        for outbox in outboxes:
+            outbox.normal_(generator=generator)
+            _hold_up(own)
+        for outbox, (rows, columns) in zip(outboxes, shapes, strict=True):
+            exact, found = torch.empty(2, rows, columns, device="cuda")
+            collectives.scatter(outbox, exact).wait()
+            leaving.append((found, exact, copies.scatter(outbox, found)))
+        for found, exact, handle in before:
+            handle.wait()
+            torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-5)
+        before = leaving
+    for found, exact, handle in before:
+        handle.wait()
+        torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-5)
 
 
 def _hold_up(own: random.Random) -> None:

@@ -92,17 +92,21 @@ class Driver:
 
 
 class Shared:
-    """Memory of every rank."""
+    """Memory of every rank; `mine` is that of one."""
 
-    def __init__(self, ranks: int, size: int) -> None:
-        self._memory = [torch.zeros(size, dtype=torch.uint8) for _ in range(ranks)]
-        self.addresses = [memory.data_ptr() for memory in self._memory]
+    def __init__(self, memory: list[Tensor], rank: int = 0) -> None:
+        self.mine, self._kept = memory[rank], memory
+        self.addresses = [part.data_ptr() for part in memory]
+
+
+def zeroed(ranks: int, size: int) -> list[Tensor]:
+    return [torch.zeros(size, dtype=torch.uint8) for _ in range(ranks)]
 
 
 class Played(PeerCopies):
     """One of several ranks that are threads."""
 
-    def __init__(self, rank: int, ranks: int, flags: Shared, slots: Shared, begin: int) -> None:
+    def __init__(self, rank: int, ranks: int, flags: Shared, slots: Shared, begin: int, count: int) -> None:
         self._driver, self._reached = Driver, 0
         self._sum_parts, self._rank, self._ranks = sum_parts, rank, ranks
         self._others = [(rank + step) % ranks for step in range(1, ranks)]
@@ -110,7 +114,7 @@ class Played(PeerCopies):
         self._queue = self._stream
         self._flags: Any = flags
         self._slots: Any = slots
-        self._capacity, self._number = ROOM, begin
+        self._capacity, self._number, self._count = ROOM, begin, count
         self._kept: list[Tensor] = []
 
     def _make_room(self, size: int) -> None:
@@ -118,6 +122,9 @@ class Played(PeerCopies):
 
     def _follow(self, *tensors: Tensor) -> None:
         self._kept += tensors  # as the allocator keeps what a stream works on
+
+    def _catch_up(self) -> None:
+        assert self._stream.record_event().wait(30)
 
     def close(self) -> None:
         self._stream.end()
@@ -157,19 +164,47 @@ def exchanges(played: Played, rank: int, ranks: int) -> Iterator[str]:
                 yield f"rank {rank}, round {number}: summed wrong"
 
 
+def turns(played: Played, rank: int, ranks: int) -> Iterator[str]:
+    """What is wrong with sums of what was put together where others read it, each pair added up after the next was
+    sent, as gradients of one layer are while those of the next are computed."""
+    common, own = random.Random(5), random.Random(rank)
+    before: list[tuple[int, Tensor, Tensor, Any]] = []
+    for number in range(ROUNDS + 1):
+        leaving = []
+        if number < ROUNDS:
+            sizes = [common.choice([1, 5, 40]) for _ in range(common.randint(1, 2))]
+            filled = [drawn(rank, 7 * number + part, ranks * rows) for part, rows in enumerate(sizes)]
+            outboxes = played.outboxes(filled, torch.float32)
+            for outbox, values in zip(outboxes, filled, strict=True):
+                outbox.copy_(values)
+            for part, (outbox, rows) in enumerate(zip(outboxes, sizes, strict=True)):
+                found = torch.empty(rows, 3)
+                everyones = [drawn(other, 7 * number + part, ranks * rows) for other in range(ranks)]
+                exact = torch.stack(everyones).sum(0).unflatten(0, (ranks, rows))[rank]
+                leaving.append((number, found, exact, played.scatter(outbox, found)))
+        for turn, found, exact, handle in before:
+            arrive(handle)
+            if not torch.allclose(found, exact, rtol=1e-5, atol=1e-5):
+                yield f"rank {rank}, turn {turn}: summed wrong"
+        before = leaving
+        if own.random() < 0.3:
+            time.sleep(own.random() * 3e-3)
+
+
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("begin", [0, 2**32 - 20])  # numbers begin anew after four billion
-def test_ranks_that_are_threads_exchange_the_same(ranks: int, begin: int) -> None:
-    flags, slots = Shared(ranks, ranks * 4), Shared(ranks, 2 * ROOM)
+@pytest.mark.parametrize(("way", "count"), [(exchanges, 2), (exchanges, 4), (turns, 4)])
+def test_ranks_that_are_threads_exchange_the_same(ranks: int, begin: int, way: Any, count: int) -> None:
+    flags, memory = Shared(zeroed(ranks, ranks * 4)), zeroed(ranks, count * ROOM)
     for address in flags.addresses:
         for flag in range(ranks):
             ctypes.c_uint32.from_address(address + 4 * flag).value = begin
-    played = [Played(rank, ranks, flags, slots, begin) for rank in range(ranks)]
+    played = [Played(rank, ranks, flags, Shared(memory, rank), begin, count) for rank in range(ranks)]
     wrong: list[str] = []
 
     def run(rank: int) -> None:
         try:
-            wrong.extend(exchanges(played[rank], rank, ranks))
+            wrong.extend(way(played[rank], rank, ranks))
         except BaseException as error:
             wrong.append(repr(error))
 

@@ -23,6 +23,7 @@ def test_gloo_gathers_and_sums(name: str) -> None:
         handle.wait()
         for other in range(3):
             torch.testing.assert_close(everyones[other], mine + 100 * (other - rank), rtol=0, atol=0)
+        assert [box.shape for box in carrier.outboxes([mine, everyones], torch.int32)] == [mine.shape, everyones.shape]
         summed = torch.empty(5, 2)
         carrier.scatter(everyones.flatten(0, 1) * (rank + 1), summed).wait()
         torch.testing.assert_close(summed, everyones[rank] * 6, rtol=0, atol=0)

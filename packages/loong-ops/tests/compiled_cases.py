@@ -212,8 +212,9 @@ def squares(*sizes: int, dtype: torch.dtype, start: int = 0) -> None:
     sum_of_squares([torch.empty(start + size, dtype=dtype)[start:] for size in sizes], "cpu")
 
 
-def parts_summed(*shape: int, dtype: torch.dtype) -> None:
-    sum_parts(torch.empty(shape, dtype=dtype), torch.empty(shape[1:], dtype=dtype))
+def parts_summed(*shape: int, dtype: torch.dtype, own: bool = False) -> None:
+    beside = torch.empty(shape[1:], dtype=dtype) if own else None
+    sum_parts(torch.empty(shape, dtype=dtype), torch.empty(shape[1:], dtype=dtype), beside)
 
 
 def scaled(count: int, source: torch.dtype, out: torch.dtype, add: bool) -> None:
@@ -343,6 +344,7 @@ OPS: Calls = {
     },
     "sum_parts": {
         "qwen3_30b": partial(parts_summed, 4, 16384, 2048, dtype=BFLOAT16),
+        "qwen3_30b_own": partial(parts_summed, 3, 16384, 2048, dtype=BFLOAT16, own=True),
         "odd": partial(parts_summed, 3, 7, 13, dtype=FLOAT32),
     },
     "scaled": {

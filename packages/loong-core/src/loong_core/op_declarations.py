@@ -193,7 +193,7 @@ DECLARATIONS: Mapping[str, OpDeclaration] = {
         ),
         OpDeclaration(
             name="sum_parts",
-            signature="sum_parts(parts[r,...], out[...]) -> None, into `out` and without gradients",
+            signature="sum_parts(parts[r,...], out[...], own[...] or None) -> None, into `out` and without gradients",
             reference="loong_core.references.sum_parts:sum_parts",
             tolerances={"float32": 1e-6, "bfloat16": 8e-3, "float16": 1e-3},
             summary="Over what ranks have sent, rounded once.",

@@ -79,7 +79,7 @@ class Ops:
     gated_residual: Callable[[Tensor, Tensor, Tensor], Tensor]
     dropout_add: Callable[[Tensor, Tensor, float], Tensor]
     sum_of_squares: Callable[[Sequence[Tensor], str], Tensor]
-    sum_parts: Callable[[Tensor, Tensor], None]
+    sum_parts: Callable[[Tensor, Tensor, Tensor | None], None]
     adamw: Callable[..., None]
 
     def __init__(self, functions: Mapping[str, Callable[..., Any]], choices: Mapping[str, OpChoice]) -> None:

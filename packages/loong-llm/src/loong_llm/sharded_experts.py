@@ -23,10 +23,12 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge
 
 from loong_core.parallel.gradient_buffer import buffer_of, buffer_to_fill, mark_added
-from loong_core.parallel.transport import Handle, SumParts, Transport, TransportName, between
+from loong_core.parallel.transport import Cargo, Handle, SumParts, Transport, TransportName, between
 from loong_llm.inner_graph import gradients
 
 ROOMS = 2
+WEIGHTS = Cargo("experts' weights", urgent=False)
+GRADIENTS = Cargo("experts' gradients", urgent=False, ahead=2)
 
 Stacks = tuple[Tensor, Tensor]
 """`up` [e,2f,n] and `down` [e,n,f] of a layer; whole, of all r*e experts."""
@@ -43,8 +45,8 @@ class ShardedExperts:
     def __init__(self, group: Any, by: TransportName, sum_parts: SumParts, *, recomputes: bool) -> None:
         """For ranks of `group`, each of which holds as many experts, in order. Collective."""
         # A transport each: weights that are wanted next do not queue behind gradients.
-        self._weights: Transport = between(group, by, sum_parts, "experts' weights")
-        self._gradients: Transport = between(group, by, sum_parts, "experts' gradients")
+        self._weights: Transport = between(group, by, sum_parts, WEIGHTS)
+        self._gradients: Transport = between(group, by, sum_parts, GRADIENTS)
         self._ranks = int(group.size())
         self._recomputes = recomputes
         self._layers: list[Callable[[], Stacks]] = []
@@ -161,6 +163,15 @@ class _Sums:
         self._coming: list[tuple[Tensor, Handle] | None] = [None, None]
         self._buffers: list[tuple[Tensor | None, bool]] = [(None, False)] * 2
 
+    def prepare(self, stacks: Stacks) -> None:
+        """Give the whole stacks that are trained a buffer for their gradients, where their shards have one."""
+        buffers = [getattr(shard, "main_grad", None) for shard in self.shards]
+        trained = [stack for stack, buffer in zip(stacks, buffers, strict=True) if stack.requires_grad and buffer is not None]
+        if trained:
+            outboxes = self._transport.outboxes(trained, next(buffer.dtype for buffer in buffers if buffer is not None))
+            for stack, outbox in zip(trained, outboxes, strict=True):
+                stack.main_grad, stack.main_grad_empty = outbox, True  # type: ignore[attr-defined]
+
     def start(self, found: list[Tensor | None]) -> None:
         """Of every rank what it has found of the gradients of all experts; None of a stack that is not trained."""
         for index, (shard, gradient) in enumerate(zip(self.shards, found, strict=True)):
@@ -254,11 +265,7 @@ class _Visit(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         step, inputs = ctx.step, ctx.inputs
         step.experts.whole(step.place)
-        for stack, shard in zip(inputs[2:], step.sums.shards, strict=True):
-            buffer = getattr(shard, "main_grad", None)
-            if stack.requires_grad and buffer is not None:
-                stack.main_grad = torch.empty_like(stack, dtype=buffer.dtype)
-                stack.main_grad_empty = True
+        step.sums.prepare(inputs[2:])
         of_hidden, of_weights, *of_stacks = gradients(ctx.added, inputs, gradient)
         step.experts.passed(step.place, -ROOMS)
         step.sums.start([_whole_of(*pair) for pair in zip(inputs[2:], of_stacks, strict=True)])

@@ -214,6 +214,9 @@ class ShardedAdamW(AdamW):
         self._moments: torch.dtype = getattr(torch, precision.optimizer_state)
         trained = {trained for chunk in chunks for buffer in _buffers(chunk) for trained in buffer.params}
         shards = {trained: shard for chunk in chunks for trained, shard in self._cut(chunk, counts)}
+        self._overlaps = bool(chunks) and chunks[0].ddp_config.overlap_param_gather
+        self._last = {id(last): chunk for chunk in chunks if (last := self._last_of(chunk, shards)) is not None}
+        self._gathering: set[int] = set()
         counted = [shard.gradient for shard in shards.values() if shard.counted]
         super().__init__(shards, list(shards.values()), counted, trained, section, precision, update, squares, device)
 
@@ -244,11 +247,36 @@ class ShardedAdamW(AdamW):
             counted=counted,
         )
 
+    @staticmethod
+    def _last_of(chunk: Any, shards: Mapping[Tensor, Shard]) -> Shard | None:
+        """The last update of this rank in the dense part of a chunk."""
+        trained = (parameter for buffer in chunk.buffers for bucket in buffer.buckets for parameter in bucket.params_list)
+        return next((shards[parameter] for parameter in reversed(list(trained)) if parameter in shards), None)
+
+    def _launched(self, update: Shard) -> None:
+        """Gather the dense part of a chunk, which is read first, beside the updates of its experts."""
+        if self._overlaps and (chunk := self._last.get(id(update))) is not None:
+            self._gather(self._chunks[: self._chunks.index(chunk) + 1])
+
     def _updated(self) -> None:
-        for chunk in self._chunks:
-            # Overlapped gathering is started by the next forward pass.
-            if not chunk.ddp_config.overlap_param_gather:
+        if not self._overlaps:
+            for chunk in self._chunks:
                 chunk.start_param_sync()
+            return
+        self._gather(self._chunks)
+        for chunk in self._chunks:
+            for group in reversed(chunk.expert_parallel_bucket_groups):
+                group.start_param_sync()
+        self._gathering.clear()
+
+    def _gather(self, chunks: Sequence[Any]) -> None:
+        """Begin to gather the dense parts of `chunks`, unless that was done: in one order on all ranks, also on those that
+        update nothing of a chunk. What is read first goes first; buckets are in reverse order."""
+        for chunk in chunks:
+            if id(chunk) not in self._gathering:
+                self._gathering.add(id(chunk))
+                for group in reversed(chunk.bucket_groups):
+                    group.start_param_sync()
 
 
 def _buffers(chunk: Any) -> list[Any]:

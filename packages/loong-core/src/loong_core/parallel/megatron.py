@@ -158,6 +158,8 @@ class MegatronEngine:
             )
             for index, module in enumerate(self.modules)
         ]
+        for chunk in self._wrapped:
+            chunk.overlap_param_gather_with_optimizer_step = overlap  # the optimizer begins it, see there
         self._optimizer = ShardedAdamW(
             self._wrapped,
             section,
@@ -297,6 +299,9 @@ class MegatronEngine:
         """One AdamW update at learning rate `lr`; returns the global gradient norm before clipping."""
         assert self._optimizer is not None
         for chunk in self._wrapped:
+            for group in [*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups]:
+                if group.param_gather_handle is not None:  # no forward pass has waited for it
+                    group.finish_param_sync(skip_next_bucket_dispatch=True)
             # Whoever looked at the parameters since the backward pass had them gathered, as they were then.
             chunk.reset_param_sync_dispatch_state()
         return self._optimizer.step(lr, self.gradient_scale)

@@ -5,8 +5,10 @@ copies what it has into one, writes the number of the exchange into a flag of ev
 waits for its flag and copies what it wants out of its slot. All of that is on one stream, by the driver's stream memory
 operations (`cuStreamWriteValue32`, `cuStreamWaitValue32`), so that neither the host nor a multiprocessor waits.
 
-The slots are used by turns, and that is enough: a rank fills the slot of exchange i again for i + 2, once it has seen
-all flags of i + 1. Who wrote one of those had, on its one stream, taken all of exchange i before.
+The slots are used by turns, and two are enough: a rank fills the slot of exchange i again for i + 2, once it has seen
+all flags of i + 1. Who wrote one of those had, on its one stream, taken all of exchange i before. More slots let what is
+to be sent be made where others read it (`outboxes`), instead of being copied there: within one GPU such a copy takes
+its multiprocessors.
 
 All ranks of a group call the same exchanges in the same order, each of one size, so that they count alike.
 """
@@ -15,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -24,8 +26,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from loong_core.backends.cuda import one_queue
+from loong_core.parallel.transport import Cargo, SumParts
 
 SLOTS = 2
+"""For what is copied into them."""
 _FLAG = 4
 """Bytes of a flag."""
 
@@ -88,7 +92,7 @@ class PeerCopies:
 
     apart = True
 
-    def __init__(self, group: Any, sum_parts: Callable[[Tensor, Tensor], None]) -> None:
+    def __init__(self, group: Any, sum_parts: SumParts, cargo: Cargo) -> None:
         """For the ranks of `group`, where nothing is `unavailable`; `sum_parts` is the op. Collective."""
         from cuda.bindings import driver
 
@@ -97,8 +101,10 @@ class PeerCopies:
         self._rank, self._ranks = group.rank(), group.size()
         # Each rank begins with its neighbour, so that not all read from one.
         self._others = [(self._rank + step) % self._ranks for step in range(1, self._ranks)]
-        # Before all else: others wait for what this rank sends.
-        self._stream = torch.cuda.Stream(priority=-1)
+        # What all wait for goes before all else.
+        self._stream = torch.cuda.Stream(priority=-1 if cargo.urgent else 0)
+        # Besides an exchange of its own, each that is made ready keeps what was sent until that was added up.
+        self._count = max(SLOTS, 2 * cargo.ahead)
         self._queue = self._stream.cuda_stream
         # Of each other rank: the exchange for which it has filled its slot.
         self._flags = _Shared(self._ranks * _FLAG, group)
@@ -122,23 +128,35 @@ class PeerCopies:
     def scatter(self, everyones: Tensor, mine: Tensor) -> _Arrival:
         """See `Transport`."""
         everyones = everyones.contiguous()
-        parts = mine.new_empty((self._ranks, *mine.shape))
+        parts = mine.new_empty((self._ranks - 1, *mine.shape))
         size, place = mine.nbytes, parts.data_ptr()
         assert everyones.nbytes == self._ranks * size, "as many rows for every rank"
         self._make_room(everyones.nbytes)
         self._follow(everyones, parts)
         self._offer(everyones)
-        own = self._rank * size
-        self._copy(place + own, everyones.data_ptr() + own, size)
-        for other, slot in self._offered():
-            self._copy(place + other * size, slot + own, size)
-        return _Arrival(self._stream.record_event(), partial(self._sum_parts, parts, mine))
+        for number, (_, slot) in enumerate(self._offered()):
+            self._copy(place + number * size, slot + self._rank * size, size)
+        own = everyones.unflatten(0, (self._ranks, -1))[self._rank]
+        return _Arrival(self._stream.record_event(), partial(self._sum_parts, parts, mine, own))
+
+    def outboxes(self, like: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+        """See `Transport`."""
+        sizes = [tensor.numel() * dtype.itemsize for tensor in like]
+        assert 2 * len(sizes) <= self._count, "more than the cargo said would be made ready"
+        self._make_room(max(sizes))
+        # With its last exchange done, what lies in the slots of all before that one was taken by everybody.
+        self._catch_up()
+        return [
+            self._memory(self._number + ahead, size).view(dtype).view(tensor.shape)
+            for ahead, (tensor, size) in enumerate(zip(like, sizes, strict=True), start=1)
+        ]
 
     # ------------------------------------------------------------------------------------------------- the protocol
     def _offer(self, tensor: Tensor) -> None:
-        """Begin the next exchange: `tensor` into this rank's slot, and word of it to the others."""
+        """Begin the next exchange: `tensor` into this rank's slot, if it is not there, and word of it to the others."""
         self._number += 1
-        self._copy(self._slot(self._rank), tensor.data_ptr(), tensor.nbytes)
+        if tensor.data_ptr() != self._slot(self._rank):
+            self._copy(self._slot(self._rank), tensor.data_ptr(), tensor.nbytes)
         for other in self._others:
             where = self._flags.addresses[other] + _FLAG * self._rank
             _check(self._driver.cuStreamWriteValue32(self._queue, where, self._number & 0xFFFFFFFF, 0))
@@ -153,7 +171,13 @@ class PeerCopies:
     def _slot(self, rank: int) -> int:
         """Where the slot of this exchange begins on `rank`."""
         assert self._slots is not None
-        return self._slots.addresses[rank] + self._number % SLOTS * self._capacity
+        return self._slots.addresses[rank] + self._number % self._count * self._capacity
+
+    def _memory(self, number: int, size: int) -> Tensor:
+        """So many bytes of this rank's slot of the exchange `number`."""
+        assert self._slots is not None
+        begin = number % self._count * self._capacity
+        return self._slots.mine[begin : begin + size]
 
     def _copy(self, to: int, source: int, size: int) -> None:
         if size:
@@ -166,13 +190,17 @@ class PeerCopies:
             torch.cuda.synchronize()
             dist.barrier(self._group)
             self._slots, self._capacity = None, -(-size // 512) * 512
-            self._slots = _Shared(max(1, SLOTS * self._capacity), self._group)
+            self._slots = _Shared(max(1, self._count * self._capacity), self._group)
 
     def _follow(self, *tensors: Tensor) -> None:
         """The copies' stream goes on from where the current one is; `tensors` stay until what is put on it is done."""
         self._stream.wait_stream(torch.cuda.current_stream())
         for tensor in tensors:
             tensor.record_stream(self._stream)
+
+    def _catch_up(self) -> None:
+        """The current stream goes on once the copies' stream is through with what it was given."""
+        torch.cuda.current_stream().wait_stream(self._stream)
 
 
 class _Arrival(NamedTuple):
@@ -194,10 +222,9 @@ class _Shared:
     def __init__(self, size: int, group: Any) -> None:
         import torch.distributed._symmetric_memory as symmetric
 
-        mine = symmetric.empty(size, dtype=torch.uint8, device=torch.device("cuda", torch.cuda.current_device()))
-        mine.zero_()
-        handle = symmetric.rendezvous(mine, group)
-        self._kept = mine, handle
+        self.mine = symmetric.empty(size, dtype=torch.uint8, device=torch.device("cuda", torch.cuda.current_device()))
+        self.mine.zero_()
+        self._handle = handle = symmetric.rendezvous(self.mine, group)
         self.addresses = [handle.get_buffer(rank, (size,), torch.uint8).data_ptr() for rank in range(group.size())]
         torch.cuda.synchronize()
         dist.barrier(group)  # nobody writes where another has not zeroed yet

@@ -8,17 +8,30 @@ programs were meant to fill the device all at once then takes up to twice its ti
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from loong_core.errors import Unsupported
 
 TransportName = Literal["auto", "collectives", "copies"]
-SumParts = Callable[[Tensor, Tensor], None]
+SumParts = Callable[[Tensor, Tensor, Tensor | None], None]
+
+
+class Cargo(NamedTuple):
+    """What travels: its name, whether all wait for it (it goes first then), and how many scatters are made ready before
+    those of an earlier turn have been waited for (see `Transport.outboxes`)."""
+
+    name: str
+    urgent: bool = True
+    ahead: int = 0
+
+
+TOKENS = Cargo("tokens")
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +56,10 @@ class Transport(Protocol):
     def scatter(self, everyones: Tensor, mine: Tensor) -> Handle:
         """The sum over ranks of their everyones [r*m,...], this rank's rows of it into `mine` [m,...]."""
 
+    def outboxes(self, like: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+        """Where what the next calls of `scatter` send, one of these each and in this order, is best put together:
+        empty, shaped as `like`. From elsewhere a copy of it may have to be made first."""
+
 
 class Collectives:
     """By the group's own backend: NCCL, or gloo."""
@@ -62,9 +79,13 @@ class Collectives:
         """See `Transport`."""
         return dist.reduce_scatter_tensor(mine, everyones.contiguous(), group=self._group, async_op=True)
 
+    def outboxes(self, like: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+        """See `Transport`."""
+        return [torch.empty_like(tensor, dtype=dtype, memory_format=torch.contiguous_format) for tensor in like]
+
 
 @cache
-def between(group: Any, name: TransportName, sum_parts: SumParts, cargo: str = "tokens") -> Transport:
+def between(group: Any, name: TransportName, sum_parts: SumParts, cargo: Cargo = TOKENS) -> Transport:
     """The transport of a `cargo` in a group, one for all who ask. Collective. `sum_parts` is the op.
 
     `auto` takes copies where all ranks of the group can read each other's GPU memory, and says once why not. Raises
@@ -78,12 +99,12 @@ def between(group: Any, name: TransportName, sum_parts: SumParts, cargo: str = "
 
     if reason := peer_copies.unavailable(group):
         return _instead(group, name, cargo, reason)
-    log.info("%s travel by copy engines", cargo)
-    return peer_copies.PeerCopies(group, sum_parts)
+    log.info("%s travel by copy engines", cargo.name)
+    return peer_copies.PeerCopies(group, sum_parts, cargo)
 
 
-def _instead(group: Any, name: TransportName, cargo: str, reason: str) -> Collectives:
+def _instead(group: Any, name: TransportName, cargo: Cargo, reason: str) -> Collectives:
     if name == "copies":
         raise Unsupported(f"parallel.options.exchange: copies is not possible here: {reason}. Use auto or collectives.")
-    log.info("%s travel by collectives: %s", cargo, reason)
+    log.info("%s travel by collectives: %s", cargo.name, reason)
     return Collectives(group)

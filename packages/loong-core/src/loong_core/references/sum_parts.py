@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 @torch.no_grad()
-def sum_parts(parts: Tensor, out: Tensor) -> None:
-    """out [...] = the sum of parts [r,...] over the first axis, what ranks have sent: in float32 (float64 stays),
-    rounded once. Both of one dtype, contiguous; without gradients."""
-    torch.sum(parts, 0, out=out)
+def sum_parts(parts: Tensor, out: Tensor, own: Tensor | None = None) -> None:
+    """out [...] = the sum of parts [r,...] over the first axis, what ranks have sent, and of `own` [...], what this one
+    has: in float32 (float64 stays), rounded once. All of one dtype, contiguous; without gradients."""
+    torch.sum(parts if own is None else torch.cat([parts, own[None]]), 0, out=out)

@@ -47,6 +47,18 @@ class PartsContract(NoGradientContract):
             assert int(whole.isnan().sum()) == 16
         assert torch.equal(parts, before)
 
+    def test_a_part_of_ones_own_counts(self, dtype: str, shape: tuple[int, ...]) -> None:
+        """One more part, that lies elsewhere; also with no others."""
+        import torch
+
+        drawn = self._draw(shape, dtype)
+        for count in {0, len(drawn) - 1}:
+            out = torch.empty_like(drawn[0])
+            self.function(drawn[:count].clone(), out, drawn[-1].clone())
+            exact = (drawn[:count].double().sum(0) + drawn[-1].double()).to(drawn.dtype)
+            limit = DECLARATIONS["sum_parts"].tolerances[dtype]
+            torch.testing.assert_close(out, exact, rtol=limit, atol=limit)
+
     def test_small_numbers_are_not_lost(self) -> None:
         """In bfloat16 256 + 1 is 256; 256 and eight ones are 264."""
         import torch
