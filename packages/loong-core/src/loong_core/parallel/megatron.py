@@ -140,12 +140,13 @@ class MegatronEngine:
     def optimizer(self, section: OptimSection) -> None:
         """Wrap the chunks for gradient reduction and build the optimizer over their buffers."""
         data_parallel = self.plan.dp * self.plan.cp > 1
-        overlap = self._options.overlap and data_parallel
+        overlap = self._options.overlap is True and data_parallel
+        gathers_ahead = self._options.overlap is not False and data_parallel
         settings = DistributedDataParallelConfig(
             use_distributed_optimizer=True,
             grad_reduce_in_fp32=_sums_in_float32(self._run.precision),
             overlap_grad_reduce=overlap,
-            overlap_param_gather=overlap,
+            overlap_param_gather=gathers_ahead,
             bucket_size=self._options.bucket_size,
         )
         self._wrapped = [
@@ -159,7 +160,7 @@ class MegatronEngine:
             for index, module in enumerate(self.modules)
         ]
         for chunk in self._wrapped:
-            chunk.overlap_param_gather_with_optimizer_step = overlap  # the optimizer begins it, see there
+            chunk.overlap_param_gather_with_optimizer_step = gathers_ahead  # the optimizer begins it, see there
         self._optimizer = ShardedAdamW(
             self._wrapped,
             section,
@@ -175,6 +176,7 @@ class MegatronEngine:
             config.finalize_model_grads_func = self._finish_gradients
             if overlap:
                 config.no_sync_func = self._per_chunk([chunk.no_sync for chunk in self._wrapped])
+            if gathers_ahead:
                 config.param_sync_func = self._per_chunk([chunk.start_param_sync for chunk in self._wrapped])
 
     @staticmethod

@@ -28,8 +28,11 @@ def way(dispatch: str, ep: int, etp: int) -> Way:
 
 
 class MegatronOptions(Section):
-    overlap: bool = True
-    """Overlap gradient reduction and parameter gathering with compute where there is data parallelism."""
+    overlap: bool | Literal["parameters"] = True
+    """Where there is data parallelism: reduce gradients beside the backward pass, and gather updated parameters beside
+    other updates and the next forward pass. parameters: only the latter. Gradients are then reduced after the backward
+    pass, when NCCL's kernels take no multiprocessors from products: better within a node where a small part of the
+    model is replicated, as beside experts."""
     dispatch: Literal["auto", "gather", "weights", "alltoall"] = "auto"
     """How tokens meet experts of other ranks: gather (all ranks of the group see all tokens; the experts are not cut),
     weights (tokens stay; a layer's experts are gathered while other layers are computed) or alltoall (each token is
