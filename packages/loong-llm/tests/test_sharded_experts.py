@@ -215,7 +215,19 @@ def test_what_is_frozen_has_no_gradient(frozen: tuple[str, ...], buffers: bool) 
     assert all(run_ranks(RANKS, work, init=True, megatron=False))
 
 
-def test_the_next_layers_travel_while_one_is_computed_and_gradients_while_earlier_ones_are() -> None:
+FORWARD = "fetch 0, fetch 1, wait for 0, compute 0, fetch 2, wait for 1, compute 1, fetch 3, wait for 2, compute 2, "
+FORWARD += "wait for 3, compute 3, "
+ORDERS = {
+    # The first two steps of backward find their layers where the last ones of forward have left them.
+    False: FORWARD + "back 3, fetch 1, send, back 2, fetch 0, send, wait for sums, wait for 1, back 1, send, "
+    "wait for sums, wait for 0, back 0, send, wait for sums, wait for sums",
+    True: FORWARD + "compute 3, back 3, fetch 1, send, wait for sums, compute 2, back 2, fetch 0, send, wait for sums, "
+    "wait for 1, compute 1, back 1, send, wait for sums, wait for 0, compute 0, back 0, send, wait for sums",
+}
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_the_next_layers_travel_while_one_is_computed_and_gradients_while_earlier_ones_are(twice: bool) -> None:
     def work(rank: int) -> list[str]:
         from unittest import mock
 
@@ -263,16 +275,52 @@ def test_the_next_layers_travel_while_one_is_computed_and_gradients_while_earlie
             mock.patch.object(module, "experts", computed),
             mock.patch.object(sharded_experts, "gradients", backwards),
         ):
-            visited(frozen=("down",))
+            visited(frozen=("down",), twice=twice)
         return log
 
     log = run_ranks(RANKS, work, init=True, megatron=False)[0]
-    forward = "fetch 0, fetch 1, wait for 0, compute 0, fetch 2, wait for 1, compute 1, fetch 3, wait for 2, compute 2, "
-    forward += "wait for 3, compute 3"
-    backward = "back 3, fetch 1, send, back 2, fetch 0, send, wait for sums, wait for 1, back 1, send, wait for sums, "
-    backward += "wait for 0, back 0, send, wait for sums, wait for sums"
-    steps = f"{forward}, {backward}".split(", ")
+    steps = ORDERS[twice].split(", ")
     assert log[: len(steps)] == steps
+
+
+def test_gradients_are_summed_over_ranks_in_the_precision_of_their_buffers() -> None:
+    """Found in bfloat16, they are not rounded again."""
+
+    def work(rank: int) -> bool:
+        import torch
+        import torch.distributed as dist
+
+        from loong_core.references.experts import experts
+        from loong_core.references.sum_parts import sum_parts
+        from loong_llm.sharded_experts import ShardedExperts
+
+        generator = torch.Generator().manual_seed(rank)
+        up, down = torch.randn(1, 2 * FFN, WIDTH), torch.randn(1, WIDTH, FFN)
+        shards = [part.bfloat16().requires_grad_() for part in (up, down)]
+        for shard in shards:
+            shard.main_grad = torch.zeros(shard.shape)
+        sharded = ShardedExperts(dist.group.WORLD, "auto", sum_parts, recomputes=False)
+        sharded.begin_chunk()
+        place = sharded.add(lambda: tuple(shards))
+        hidden = torch.randn(40, WIDTH, generator=generator).bfloat16().requires_grad_()
+        chosen = torch.randint(0, RANKS, (40, 1), generator=generator)
+        weights, found = torch.ones(40, 1), []
+
+        def compute(tokens: Any, own: Any, *stacks: Any) -> Any:
+            for stack in stacks:
+                stack.register_hook(lambda gradient: found.append(gradient.float()))
+            return experts(tokens, *stacks, own, chosen)
+
+        sharded.start(0)
+        sharded.forward(place, hidden, weights, compute).sum().backward()
+        for shard in shards:
+            (exact,) = [gradient for gradient in found if gradient.shape[1:] == shard.shape[1:]]
+            dist.all_reduce(exact)
+            torch.testing.assert_close(shard.main_grad, exact[rank : rank + 1], rtol=1e-6, atol=1e-6)
+            assert not torch.equal(shard.main_grad, shard.main_grad.bfloat16().float())
+        return True
+
+    assert all(run_ranks(RANKS, work, init=True, megatron=False))
 
 
 @pytest.mark.parametrize("changes", [{}, {"recompute": "full"}, {"pp": 2, "vpp": 2, "ep": 2}], ids=str)

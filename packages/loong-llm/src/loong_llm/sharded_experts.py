@@ -48,7 +48,7 @@ class ShardedExperts:
         self._weights: Transport = between(group, by, sum_parts, WEIGHTS)
         self._gradients: Transport = between(group, by, sum_parts, GRADIENTS)
         self._ranks = int(group.size())
-        self._recomputes = recomputes
+        self.recomputes = recomputes
         self._layers: list[Callable[[], Stacks]] = []
         self._chunks: list[int] = []
         self._rooms = [_Room() for _ in range(ROOMS)]
@@ -75,7 +75,6 @@ class ShardedExperts:
     # ------------------------------------------------------------------------------------------------ as it is used
     def start(self, chunk: int) -> None:
         """Begin a forward pass of a chunk: weights may have changed since the last, so its first layers come anew."""
-        self._landings.clear()
         begin, end = self._chunks[chunk], self._end(chunk)
         for place in range(begin, min(begin + ROOMS, end)):
             self._fetch(place)
@@ -116,10 +115,6 @@ class ShardedExperts:
         if (following := self._neighbour(place, step)) is not None:
             self._fetch(following)
 
-    def kept(self) -> bool:
-        """Whether a layer's room must stay as it is after its forward pass, because its backward comes at once."""
-        return self._recomputes and torch.is_grad_enabled()
-
     def _fetch(self, place: int) -> None:
         room = self._rooms[place % ROOMS]
         room.wait()
@@ -133,7 +128,7 @@ class ShardedExperts:
 
     def _late(self) -> bool:
         """Whether gradients may land after their layer's backward: not where layers have graphs of their own."""
-        return torch.is_grad_enabled() and not self._recomputes
+        return torch.is_grad_enabled() and not self.recomputes
 
     def _landing(self, place: int) -> tuple[_Sums, Tensor]:
         sums = _Sums(self._gradients, self._layers[place]())
@@ -250,10 +245,9 @@ class _Visit(torch.autograd.Function):
             # `data`, because autograd must not mind that other layers use the room until backward.
             pairs = zip(stacks, step.sums.shards, strict=True)
             stacks = tuple(stack.data.requires_grad_(shard.requires_grad) for stack, shard in pairs)  # type: ignore[assignment]
-        kept = experts.kept()
         with torch.set_grad_enabled(step.keep):
             added = step.compute(hidden, weights, *stacks)
-        if not kept:
+        if not (step.keep and experts.recomputes):  # else backward comes at once
             experts.passed(step.place, ROOMS)
         if step.keep:
             ctx.step, ctx.landings = step, len(landings)
