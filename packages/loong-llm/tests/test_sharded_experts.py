@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -152,10 +153,8 @@ def visited(
             return hidden + sharded.forward(place, torch.sin(hidden), own, compute)
 
         for place, own in zip(places, weights, strict=True):
-            if twice:
-                hidden = checkpoint(layer, place, hidden, own, use_reentrant=True)
-            else:
-                hidden = layer(place, hidden, own)
+            call = partial(checkpoint, layer, use_reentrant=True) if twice else layer
+            hidden = call(place, hidden, own)
         return hidden
 
     found = []

@@ -1,4 +1,4 @@
-"""Experts whose weights travel to the tokens: a rank holds its share of a layer's experts and computes with all of them.
+"""Experts that travel to the tokens: a rank holds its share of a layer's experts and computes with all of them.
 
 It is what fully sharded data parallelism (ZeRO-3, arXiv 1910.02054) does with every weight, and Janus (SIGCOMM 2023,
 "data-centric") with experts: they are gathered from the ranks that hold them before a layer is computed, and what each
@@ -161,7 +161,9 @@ class _Sums:
     def prepare(self, stacks: Stacks) -> None:
         """Give the whole stacks that are trained a buffer for their gradients, where their shards have one."""
         buffers = [getattr(shard, "main_grad", None) for shard in self.shards]
-        trained = [stack for stack, buffer in zip(stacks, buffers, strict=True) if stack.requires_grad and buffer is not None]
+        trained = [
+            stack for stack, buffer in zip(stacks, buffers, strict=True) if stack.requires_grad and buffer is not None
+        ]
         if trained:
             outboxes = self._transport.outboxes(trained, next(buffer.dtype for buffer in buffers if buffer is not None))
             for stack, outbox in zip(trained, outboxes, strict=True):
@@ -180,7 +182,7 @@ class _Sums:
             self._coming[index] = part, self._transport.scatter(gradient, part)
 
     def finish(self) -> list[Tensor | None]:
-        """Wait for the sums: in the buffers of the shards that have one, returned for autograd of those that have none."""
+        """Wait for the sums: put into the buffers of shards that have one, returned for autograd otherwise."""
         returned: list[Tensor | None] = []
         for shard, coming, (buffer, empty) in zip(self.shards, self._coming, self._buffers, strict=True):
             returned.append(None)
@@ -199,7 +201,7 @@ class _Sums:
 
 
 class _Landing(torch.autograd.Function):
-    """Stands for a layer's shards in the graph: their gradients are there once whoever was given it has run backward."""
+    """Stands for a layer's shards in the graph: their gradients land once all who were given it have run backward."""
 
     @staticmethod
     def forward(ctx: Any, sums: _Sums, *shards: Tensor) -> Tensor:
@@ -236,6 +238,8 @@ class _Step(NamedTuple):
 
 
 class _Visit(torch.autograd.Function):
+    """A layer's tokens through all of its experts, which are here for forward and once more for backward."""
+
     @staticmethod
     def forward(ctx: Any, step: _Step, hidden: Tensor, weights: Tensor, *landings: Tensor) -> Tensor:
         experts, stacks = step.experts, step.experts.whole(step.place)
@@ -243,8 +247,11 @@ class _Visit(torch.autograd.Function):
             hidden = hidden.detach().requires_grad_(ctx.needs_input_grad[1])
             weights = weights.detach().requires_grad_(ctx.needs_input_grad[2])
             # `data`, because autograd must not mind that other layers use the room until backward.
-            pairs = zip(stacks, step.sums.shards, strict=True)
-            stacks = tuple(stack.data.requires_grad_(shard.requires_grad) for stack, shard in pairs)  # type: ignore[assignment]
+            up, down = (
+                stack.data.requires_grad_(shard.requires_grad)
+                for stack, shard in zip(stacks, step.sums.shards, strict=True)
+            )
+            stacks = up, down
         with torch.set_grad_enabled(step.keep):
             added = step.compute(hidden, weights, *stacks)
         if not (step.keep and experts.recomputes):  # else backward comes at once

@@ -250,7 +250,9 @@ class ShardedAdamW(AdamW):
     @staticmethod
     def _last_of(chunk: Any, shards: Mapping[Tensor, Shard]) -> Shard | None:
         """The last update of this rank in the dense part of a chunk."""
-        trained = (parameter for buffer in chunk.buffers for bucket in buffer.buckets for parameter in bucket.params_list)
+        trained = (
+            parameter for buffer in chunk.buffers for bucket in buffer.buckets for parameter in bucket.params_list
+        )
         return next((shards[parameter] for parameter in reversed(list(trained)) if parameter in shards), None)
 
     def _launched(self, update: Shard) -> None:
@@ -270,8 +272,8 @@ class ShardedAdamW(AdamW):
         self._gathering.clear()
 
     def _gather(self, chunks: Sequence[Any]) -> None:
-        """Begin to gather the dense parts of `chunks`, unless that was done: in one order on all ranks, also on those that
-        update nothing of a chunk. What is read first goes first; buckets are in reverse order."""
+        """Begin to gather the dense parts of `chunks`, unless that was done: in one order on all ranks, also on those
+        that update nothing of a chunk. What is read first goes first; buckets are in reverse order."""
         for chunk in chunks:
             if id(chunk) not in self._gathering:
                 self._gathering.add(id(chunk))

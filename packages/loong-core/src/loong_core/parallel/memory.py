@@ -59,8 +59,8 @@ def estimate(
     `counts[i]` is what a rank of pipeline stage i holds; `micro_batch_tokens` the tokens of one micro-batch, before
     context parallelism cuts them. Without `fused_loss` the logits of a whole micro-batch are held. `exchanged` are
     elements per token and layer, beside the shape's own, that an exchange of tokens between ranks leaves for backward:
-    fewer with selective recomputation, which spares nothing else. `visiting` is a layer's experts where all of them come
-    to each rank: two layers are there at a time, and the gradients of two are on their way.
+    fewer with selective recomputation, which spares nothing else. `visiting` is a layer's experts where all of them
+    come to each rank: two layers are there at a time, and the gradients of two are on their way.
     """
     tokens = micro_batch_tokens / degrees.cp
     ranks = []

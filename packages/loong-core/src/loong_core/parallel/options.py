@@ -38,9 +38,9 @@ class MegatronOptions(Section):
     weights (tokens stay; a layer's experts are gathered while other layers are computed) or alltoall (each token is
     sent per expert). auto: gather in groups of up to 8 ranks where experts are not cut."""
     exchange: Literal["auto", "collectives", "copies"] = "collectives"
-    """With gather and weights: what carries them. collectives: NCCL's kernels, which take multiprocessors from what runs
-    beside them; copies: the copy engines of GPUs that see each other's memory. On two H200s copies took 6 % less of a
-    step where a rank had 8,192 tokens and as much where it had 32,768. auto: copies where they can be."""
+    """With gather and weights: what carries them. collectives: NCCL's kernels, which take multiprocessors from what
+    runs beside them; copies: the copy engines of GPUs that see each other's memory. On two H200s copies took 6 % less
+    of a step where a rank had 8,192 tokens and as much where it had 32,768. auto: copies where they can be."""
     exchange_pieces: PositiveInt | None = None
     """With gather: the pieces in which tokens go to the experts and back. While one is computed another travels; more
     pieces are smaller products. null: 2 where more than two ranks have 16,384 tokens or more each, else 1."""

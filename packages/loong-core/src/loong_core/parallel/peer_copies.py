@@ -6,8 +6,8 @@ waits for its flag and copies what it wants out of its slot. All of that is on o
 operations (`cuStreamWriteValue32`, `cuStreamWaitValue32`), so that neither the host nor a multiprocessor waits.
 
 The slots are used by turns, and two are enough: a rank fills the slot of exchange i again for i + 2, once it has seen
-all flags of i + 1. Who wrote one of those had, on its one stream, taken all of exchange i before. More slots let what is
-to be sent be made where others read it (`outboxes`), instead of being copied there: within one GPU such a copy takes
+all flags of i + 1. Who wrote one of those had, on its one stream, taken all of exchange i before. With more slots, what
+is to be sent can be made where others read it (`outboxes`) instead of being copied there: a copy within one GPU takes
 its multiprocessors.
 
 All ranks of a group call the same exchanges in the same order, each of one size, so that they count alike.
