@@ -275,7 +275,7 @@ class _Visit(torch.autograd.Function):
 
 
 def _whole_of(stack: Tensor, found: Tensor | None) -> Tensor | None:
-    """The gradient of a whole stack: as autograd `found` it, or where an op has put it. None where it is not trained."""
+    """The gradient of a whole stack: as autograd `found` it, or where an op has put it. None where it has none."""
     if found is not None or not stack.requires_grad:
         return found
     buffer = buffer_of(stack)
