@@ -94,6 +94,13 @@ def buffered() -> Any:
     return Buffered.apply
 
 
+def attention(hidden: Any) -> Any:
+    """What a layer computes before its experts."""
+    import torch
+
+    return torch.sin(hidden)
+
+
 def alone() -> list[Any]:
     """Outputs and gradients of the tokens of all micro-batches, and gradients of weights, summed over them."""
     import torch
@@ -116,7 +123,7 @@ def visited(
     *, twice: bool = False, frozen: tuple[str, ...] = (), buffers: bool = False, late: bool = True
 ) -> list[Any]:
     """The same of this rank's tokens and experts: layers computed `twice`; with `buffers` for gradients, by an op that
-    knows of them; without `late`, the first layer's gradients land before the pass is over."""
+    knows of them; without `late`, gradients land before the rest of their layer's backward."""
     import torch
     import torch.distributed as dist
     from torch.utils.checkpoint import checkpoint
@@ -143,14 +150,15 @@ def visited(
 
     def run(hidden: Any, weights: Any, chosen: Any) -> Any:
         sharded.start(0)
-        if late:
-            hidden = sharded.tied(0, hidden)
 
         def layer(place: int, hidden: Any, own: Any) -> Any:
+            if late:
+                hidden = sharded.enter(place, hidden)
+
             def compute(tokens: Any, own: Any, up: Any, down: Any) -> Any:
                 return op(tokens, up, down, own, chosen[place])
 
-            return hidden + sharded.forward(place, torch.sin(hidden), own, compute)
+            return hidden + sharded.forward(place, attention(hidden), own, compute)
 
         for place, own in zip(places, weights, strict=True):
             call = partial(checkpoint, layer, use_reentrant=True) if twice else layer
@@ -218,18 +226,21 @@ FORWARD = "fetch 0, fetch 1, wait for 0, compute 0, fetch 2, wait for 1, compute
 FORWARD += "wait for 3, compute 3, "
 ORDERS = {
     # The first two steps of backward find their layers where the last ones of forward have left them.
-    False: FORWARD + "back 3, fetch 1, send, back 2, fetch 0, send, wait for sums, wait for 1, back 1, send, "
-    "wait for sums, wait for 0, back 0, send, wait for sums, wait for sums",
-    True: FORWARD + "compute 3, back 3, fetch 1, send, wait for sums, compute 2, back 2, fetch 0, send, wait for sums, "
-    "wait for 1, compute 1, back 1, send, wait for sums, wait for 0, compute 0, back 0, send, wait for sums",
+    False: FORWARD + "back 3, fetch 1, send, attention, wait for sums, back 2, fetch 0, send, attention, "
+    "wait for sums, wait for 1, back 1, send, attention, wait for sums, wait for 0, back 0, send, attention, "
+    "wait for sums",
+    True: FORWARD + "compute 3, back 3, fetch 1, send, attention, wait for sums, compute 2, back 2, fetch 0, send, "
+    "attention, wait for sums, wait for 1, compute 1, back 1, send, attention, wait for sums, wait for 0, compute 0, "
+    "back 0, send, attention, wait for sums",
 }
 
 
 @pytest.mark.parametrize("twice", [False, True])
-def test_the_next_layers_travel_while_one_is_computed_and_gradients_while_earlier_ones_are(twice: bool) -> None:
+def test_layers_travel_while_others_are_computed_and_gradients_while_the_rest_of_a_layer_is(twice: bool) -> None:
     def work(rank: int) -> list[str]:
         from unittest import mock
 
+        import torch
         from torch import Tensor
 
         from loong_core.parallel.transport import Collectives
@@ -268,7 +279,14 @@ def test_the_next_layers_travel_while_one_is_computed_and_gradients_while_earlie
             log.append(f"back {marks[float(inputs[2].detach()[0, 0, 0])]}")
             return back(output, inputs, gradient)
 
+        def sine(hidden: Tensor) -> Tensor:
+            found = torch.sin(hidden)
+            if found.requires_grad:
+                found.register_hook(lambda _: log.append("attention"))
+            return found
+
         with (
+            mock.patch.dict(globals(), {"attention": sine}),
             mock.patch.object(Collectives, "gather", gathered),
             mock.patch.object(Collectives, "scatter", scattered),
             mock.patch.object(module, "experts", computed),
@@ -366,3 +384,51 @@ def test_layers_meet_experts_as_the_recipe_says(tmp_path: Path) -> None:
             {"local"}, {"gather"}, {"local"}, {"weights"}, {"alltoall"}, {"alltoall"},
         ]  # fmt: skip
         assert [place for _, place in found[3]] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_gradients_of_a_layer_land_where_it_begins(recompute: str, tmp_path: Path) -> None:
+    """Of layers without experts none do, nor in evaluation."""
+
+    def work(rank: int) -> list[list[list[Any]]]:
+        from unittest import mock
+
+        from loong_llm.sharded_experts import ShardedExperts
+
+        log: list[list[Any]] = []
+        enter, forward, landing = ShardedExperts.enter, ShardedExperts.forward, ShardedExperts._landing
+
+        def noted(name: str, call: Any) -> Any:
+            def run(self: Any, place: int, *args: Any) -> Any:
+                log.append([name, place])
+                return call(self, place, *args)
+
+            return run
+
+        parallel = {"ep": 2, "recompute": recompute, "options": {"dispatch": "weights"}}
+        settings = tiny.settings(
+            "qwen3_moe", CONFIG, parallel=parallel, launch={"devices": 2}, data={"global_batch": 2}
+        )
+        run, engine = tiny.start(settings, tmp_path)
+        seen = []
+        with (
+            mock.patch.object(ShardedExperts, "enter", noted("enter", enter)),
+            mock.patch.object(ShardedExperts, "forward", noted("experts", forward)),
+            mock.patch.object(ShardedExperts, "_landing", noted("landing", landing)),
+        ):
+            for call in (
+                lambda: engine.forward_backward(tiny.batches(run), 0),
+                lambda: engine.evaluate(tiny.batches(run)),
+            ):
+                log.clear()
+                call()
+                seen.append(list(log))
+        engine.close()
+        return seen
+
+    trained = [[name, place] for place in range(3) for name in ("enter", "landing", "experts")]
+    plain = [[name, place] for place in range(3) for name in ("enter", "experts", "landing")]
+    again = [[name, place] for place in (2, 1, 0) for name in ("enter", "landing", "experts")]
+    for training, evaluation in run_ranks(2, work):
+        assert training == (trained if recompute == "none" else plain + again)
+        assert evaluation == plain

@@ -20,7 +20,7 @@ from loong_core.types import ModelShape
 from loong_core.weights import padded_extent
 from loong_llm import layers
 from loong_llm.head import Head
-from loong_llm.moe import Meeting
+from loong_llm.moe import Meeting, Mixture
 from loong_llm.rope import RotaryAngles
 from loong_llm.router import Balance, BalancedRouter
 from loong_llm.shape import is_sparse
@@ -90,6 +90,11 @@ class Decoder(GPTModel):
             pg_collection=context.groups,
             vp_stage=index if context.plan.vpp > 1 else None,
         )
+        if meeting.sharded is not None:
+            for layer in self.decoder.layers:
+                if isinstance(layer.mlp, Mixture):
+                    enter = partial(_enter, meeting.sharded, layer.mlp.place)
+                    layer.register_forward_pre_hook(enter, with_kwargs=True)
         self.rotary_angles = RotaryAngles(fields)
         if self.post_process:
             self.output_layer = Head(self.output_layer, context.ops, shape.vocabulary, context.groups.tp)
@@ -112,8 +117,6 @@ class Decoder(GPTModel):
         if self._sharded is not None:
             self._sharded.start(self._index)
         hidden = self._embedded(batch["tokens"], batch["positions"]) if self.pre_process else None
-        if self._sharded is not None and hidden is not None:
-            hidden = self._sharded.tied(self._index, hidden)
         hidden = self.decoder(
             hidden_states=hidden,
             attention_mask=segments,  # what `loong_core.parallel.core_attention` expects in its place
@@ -165,6 +168,11 @@ class Decoder(GPTModel):
         if self.config.sequence_parallel:
             values = values.chunk(self.pg_collection.tp.size(), 0)[self.pg_collection.tp.rank()]
         return values
+
+
+def _enter(sharded: ShardedExperts, place: int, _: Any, args: Any, named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Before a layer is called: megatron-core names its input."""
+    return args, {**named, "hidden_states": sharded.enter(place, named["hidden_states"])}
 
 
 def _balance(shape: ModelShape, context: BuildContext) -> Balance | None:

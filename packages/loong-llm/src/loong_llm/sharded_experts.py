@@ -52,7 +52,7 @@ class ShardedExperts:
         self._layers: list[Callable[[], Stacks]] = []
         self._chunks: list[int] = []
         self._rooms = [_Room() for _ in range(ROOMS)]
-        self._landings: dict[int, tuple[_Sums, Tensor]] = {}
+        self._entered: tuple[int, _Sums, Tensor] | None = None
 
     # ---------------------------------------------------------------------------------------------- as it is built
     def begin_chunk(self) -> None:
@@ -79,26 +79,21 @@ class ShardedExperts:
         for place in range(begin, min(begin + ROOMS, end)):
             self._fetch(place)
 
-    def tied(self, chunk: int, hidden: Tensor) -> Tensor:
-        """The same `hidden`, which goes into the first layer of a chunk: the gradients of that layer's experts are
-        waited for when its own backward has been launched."""
-        begin = self._chunks[chunk]
-        if begin == self._end(chunk) or not self._late():
+    def enter(self, place: int, hidden: Tensor) -> Tensor:
+        """The same `hidden`, where the layer at `place` begins: the gradients of its experts are waited for when all of
+        its backward has been launched, attention's too. Without a call they are at once."""
+        if not (torch.is_grad_enabled() and hidden.requires_grad):
             return hidden
-        self._landings[begin] = self._landing(begin)
-        tied: Tensor = _Tied.apply(hidden, self._landings[begin][1])
+        self._entered = place, *self._landing(place)
+        tied: Tensor = _Tied.apply(hidden, self._entered[2])
         return tied
 
     def forward(self, place: int, hidden: Tensor, weights: Tensor, compute: Compute) -> Tensor:
         """hidden [t,n] with `weights` [t,k] of the experts chosen for them through the layer at `place` -> [t,n]."""
-        own = self._landings.pop(place, None) or self._landing(place)
-        tied = [own[1]]
-        # The gradients of the next layer's experts are waited for once this layer's backward has been launched.
-        if self._late() and (following := self._neighbour(place, 1)) is not None:
-            self._landings[following] = self._landing(following)
-            tied.append(self._landings[following][1])
-        keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (hidden, weights, own[1]))
-        output: Tensor = _Visit.apply(_Step(self, place, own[0], compute, keep), hidden, weights, *tied)
+        entered, self._entered = self._entered, None
+        sums, landing = entered[1:] if entered is not None and entered[0] == place else self._landing(place)
+        keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (hidden, weights, landing))
+        output: Tensor = _Visit.apply(_Step(self, place, sums, compute, keep), hidden, weights, landing)
         return output
 
     def whole(self, place: int) -> Stacks:
@@ -125,10 +120,6 @@ class ShardedExperts:
         for shard, stack in zip(shards, room.stacks, strict=True):
             room.coming.append(self._weights.gather(shard.detach(), stack.unflatten(0, (self._ranks, -1)))[1])
         room.holds = place
-
-    def _late(self) -> bool:
-        """Whether gradients may land after their layer's backward: not where layers have graphs of their own."""
-        return torch.is_grad_enabled() and not self.recomputes
 
     def _landing(self, place: int) -> tuple[_Sums, Tensor]:
         sums = _Sums(self._gradients, self._layers[place]())
@@ -216,7 +207,7 @@ class _Landing(torch.autograd.Function):
 
 
 class _Tied(torch.autograd.Function):
-    """The identity, with a landing that comes no earlier than its backward."""
+    """The identity, with a landing that comes after its backward."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, landing: Tensor) -> Tensor:
@@ -241,7 +232,7 @@ class _Visit(torch.autograd.Function):
     """A layer's tokens through all of its experts, which are here for forward and once more for backward."""
 
     @staticmethod
-    def forward(ctx: Any, step: _Step, hidden: Tensor, weights: Tensor, *landings: Tensor) -> Tensor:
+    def forward(ctx: Any, step: _Step, hidden: Tensor, weights: Tensor, landing: Tensor) -> Tensor:
         experts, stacks = step.experts, step.experts.whole(step.place)
         if step.keep:
             hidden = hidden.detach().requires_grad_(ctx.needs_input_grad[1])
@@ -257,8 +248,7 @@ class _Visit(torch.autograd.Function):
         if not (step.keep and experts.recomputes):  # else backward comes at once
             experts.passed(step.place, ROOMS)
         if step.keep:
-            ctx.step, ctx.landings = step, len(landings)
-            ctx.inputs, ctx.added = (hidden, weights, *stacks), get_gradient_edge(added)
+            ctx.step, ctx.inputs, ctx.added = step, (hidden, weights, *stacks), get_gradient_edge(added)
         return added.detach()
 
     @staticmethod
@@ -271,7 +261,7 @@ class _Visit(torch.autograd.Function):
         step.experts.passed(step.place, -ROOMS)
         step.sums.start([_whole_of(*pair) for pair in zip(inputs[2:], of_stacks, strict=True)])
         ctx.inputs = ctx.added = None
-        return None, of_hidden, of_weights, *[None] * ctx.landings
+        return None, of_hidden, of_weights, None
 
 
 def _whole_of(stack: Tensor, found: Tensor | None) -> Tensor | None:
