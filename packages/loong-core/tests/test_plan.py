@@ -201,6 +201,15 @@ def test_settings_without_effect_are_told() -> None:
     asked = recipe(ep=2, options={"dispatch": "weights", "exchange": "collectives", "exchange_pieces": 3})
     (told,) = [reason for reason in made(SPARSE, 2, asked).reasons if "gathered" in reason]
     assert "parallel.options.exchange_pieces has no effect" in told
+    told = [
+        (DENSE, 1, {"dispatch": "weights"}),
+        (SPARSE, 2, {"dispatch": "gather"}),
+        (DENSE, 1, {"overlap": "parameters"}),
+    ]
+    for shape, ranks, options in told:
+        (name,) = options
+        (reason,) = [reason for reason in made(shape, ranks, recipe(options=options)).reasons if "no effect" in reason]
+        assert f"parallel.options.{name}" in reason
     for ranks, pieces in ((2, recipe(ep=2, options={"exchange_pieces": 3})), (1, recipe())):
         assert not any("no effect" in reason for reason in made(SPARSE, ranks, pieces).reasons)
     found = made(DENSE, 4, recipe(tp=2), nodes=4)
@@ -285,6 +294,23 @@ def test_selective_keeps_no_tokens_of_other_ranks() -> None:
     assert saved("gather") - saved("alltoall") == 2 * SPARSE.hidden * SPARSE.layers * 64 * 2
 
 
+@pytest.mark.parametrize(
+    ("ranks", "parallel", "found"),
+    [
+        (2, {"ep": 2}, "gather: parallel.ep is 2, at most 8"),
+        (2, {"ep": 2, "options": {"dispatch": "auto"}}, "gather: parallel.ep is 2, at most 8"),
+        (16, {"ep": 16}, "alltoall: parallel.ep is 16, more than 8"),
+        (4, {"tp": 2, "etp": 2}, "alltoall: experts are cut (parallel.etp is 2)"),
+    ],
+)
+def test_what_dispatch_became_is_told(ranks: int, parallel: dict[str, Any], found: str) -> None:
+    sparse = decoder_shape(experts=16)
+    reasons = made(sparse, ranks, recipe({"global_batch": 16}, **parallel)).reasons
+    assert f"parallel.options.dispatch = {found}" in reasons
+    explicit = made(sparse, 2, recipe(ep=2, options={"dispatch": "weights"})).reasons
+    assert not any("dispatch" in reason for reason in explicit)
+
+
 def test_experts_that_travel_need_room_for_two_layers_and_keep_no_tokens() -> None:
     gathered, visiting, frozen = (
         made(SPARSE, 2, recipe(ep=2, options={"dispatch": dispatch}, model={"freeze": freeze})).memory
@@ -292,7 +318,7 @@ def test_experts_that_travel_need_room_for_two_layers_and_keep_no_tokens() -> No
     )
     whole = sum(spec.size for spec in SPARSE.parameters if spec.expert is not None and spec.layer == 0)
     assert visiting["parameters"] - gathered["parameters"] == 2 * whole * 2
-    assert visiting["gradients"] - gathered["gradients"] == 2 * whole * 4
+    assert visiting["gradients"] - gathered["gradients"] == 3 * whole * 4
     assert gathered["activations"] - visiting["activations"] == 2 * SPARSE.hidden * SPARSE.layers * 64 * 2
     assert frozen["parameters"] == visiting["parameters"]
     trained = sum(spec.size for spec in SPARSE.parameters if ".moe." not in spec.role)

@@ -133,6 +133,9 @@ class Decoder(GPTModel):
         """Embeddings [sequence, batch, hidden]. As in transformers, looking up config.json's `pad_token_id` trains
         nothing (torch's `padding_idx`), not even where data holds that token as content."""
         hidden = self.embedding(tokens, positions)
+        if self.config.recompute_granularity == "full" and torch.is_grad_enabled() and not hidden.requires_grad:
+            # Of frozen embeddings: a layer that is to be computed again has gradients only if its input has one.
+            hidden = hidden.detach().requires_grad_()
         if (padding := self._shape.fields.get("pad_token")) is None:
             return hidden
         is_padding = self._local(tokens == padding % self._shape.vocabulary)

@@ -23,7 +23,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from loong_core.errors import Unsupported
-from loong_core.parallel import gradient_buffer, megatron_state, segments
+from loong_core.parallel import gradient_buffer, megatron_state, peer_copies, segments
 from loong_core.parallel.adamw import ShardedAdamW
 from loong_core.parallel.build import BuildContext, LossContext
 from loong_core.parallel.context import slice_batch
@@ -386,8 +386,8 @@ class MegatronEngine:
         megatron_state.load(folder, self, self._optimizer if optimizer else None)
 
     def idle_bytes(self) -> int:
-        """None: there are no graphs."""
-        return 0
+        """Memory in which copies between GPUs begin."""
+        return peer_copies.shared_bytes()
 
     def close(self) -> None:
         """Forget megatron's groups; torch's process group belongs to the worker."""

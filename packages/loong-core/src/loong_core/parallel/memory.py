@@ -60,7 +60,7 @@ def estimate(
     context parallelism cuts them. Without `fused_loss` the logits of a whole micro-batch are held. `exchanged` are
     elements per token and layer, beside the shape's own, that an exchange of tokens between ranks leaves for backward:
     fewer with selective recomputation, which spares nothing else. `visiting` is a layer's experts where all of them
-    come to each rank: two layers are there at a time, and the gradients of two are on their way.
+    come to each rank: two layers are there at a time, and gradients of three are written, read by others or added up.
     """
     tokens = micro_batch_tokens / degrees.cp
     ranks = []
@@ -68,7 +68,7 @@ def estimate(
         layers = sum(len(stages[chunk]) for chunk in range(stage, len(stages), degrees.pp))
         uses = _weights(counts[stage], degrees, precision)
         uses["parameters"] += 2 * visiting.total * dtype_bytes(precision.parameters)
-        uses["gradients"] += 2 * visiting.expert_trained * dtype_bytes(precision.gradients)
+        uses["gradients"] += 3 * visiting.expert_trained * dtype_bytes(precision.gradients)
         uses["activations"] = round(
             tokens * _activations(shape, degrees, layers, stage, micro_batches, recompute, exchanged)
         ) * dtype_bytes(precision.activations)

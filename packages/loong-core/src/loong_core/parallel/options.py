@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import PositiveInt
+from pydantic import PositiveInt, StrictBool
 
 from loong_core.recipe import Section
 
@@ -28,7 +28,7 @@ def way(dispatch: str, ep: int, etp: int) -> Way:
 
 
 class MegatronOptions(Section):
-    overlap: bool | Literal["parameters"] = True
+    overlap: StrictBool | Literal["parameters"] = True
     """Where there is data parallelism: reduce gradients beside the backward pass, and gather updated parameters beside
     other updates and the next forward pass. parameters: only the latter. Gradients are then reduced after the backward
     pass, when NCCL's kernels take no multiprocessors from products: better within a node where a small part of the
@@ -44,5 +44,5 @@ class MegatronOptions(Section):
     exchange_pieces: PositiveInt | None = None
     """With gather: the pieces in which tokens go to the experts and back. While one is computed another travels; more
     pieces are smaller products. null: 2 where more than two ranks have 16,384 tokens or more each, else 1."""
-    bucket_size: int | None = None
+    bucket_size: PositiveInt | None = None
     """Parameters per gradient bucket; null takes megatron-core's own rule."""

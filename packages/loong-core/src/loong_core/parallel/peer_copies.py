@@ -20,6 +20,7 @@ import platform
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -30,6 +31,7 @@ from loong_core.parallel.transport import Cargo, SumParts
 
 SLOTS = 2
 """For what is copied into them."""
+_shared: WeakSet[_Shared] = WeakSet()
 _FLAG = 4
 """Bytes of a flag."""
 
@@ -63,6 +65,11 @@ def unavailable(group: Any) -> str | None:
     agreed = torch.tensor([int(reach)], device="cuda")
     dist.all_reduce(agreed, dist.ReduceOp.MIN, group=group)
     return None if agreed.item() else reasons[5]
+
+
+def shared_bytes() -> int:
+    """Memory of this process that other ranks see. torch's allocator does not count it."""
+    return sum(shared.mine.nbytes for shared in _shared)
 
 
 def _has_libraries() -> bool:
@@ -225,6 +232,7 @@ class _Shared:
         self.mine = symmetric.empty(size, dtype=torch.uint8, device=torch.device("cuda", torch.cuda.current_device()))
         self.mine.zero_()
         self._handle = handle = symmetric.rendezvous(self.mine, group)
+        _shared.add(self)
         self.addresses = [handle.get_buffer(rank, (size,), torch.uint8).data_ptr() for rank in range(group.size())]
         torch.cuda.synchronize()
         dist.barrier(group)  # nobody writes where another has not zeroed yet

@@ -12,7 +12,7 @@ from itertools import groupby, product
 from loong_core.errors import RecipeError
 from loong_core.parallel.layout import Count, Degrees, Inventory, split_layers
 from loong_core.parallel.memory import RECOMPUTE, Recompute, estimate
-from loong_core.parallel.options import Way, way
+from loong_core.parallel.options import WIDEST_GATHER, Way, way
 from loong_core.parallel.rules import allowed, divisors_of, problems
 from loong_core.recipe import Recipe
 from loong_core.types import Cluster, ModelShape, ParallelPlan, ParallelPlanner, PrecisionPolicy
@@ -234,6 +234,12 @@ def _reasons(
     if section.vpp == 1:
         yield "warning: parallel.vpp = 1 has no effect"
     settings, met = recipe.parallel.options, _way(recipe, degrees, inventory)
+    if inventory.experts and degrees.ep * degrees.etp > 1 and settings.get("dispatch", "auto") == "auto":
+        yield f"parallel.options.dispatch = {met}: {_dispatch_reason(degrees)}"
+    if settings.get("dispatch", "auto") != "auto" and (not inventory.experts or degrees.ep * degrees.etp == 1):
+        yield "warning: parallel.options.dispatch has no effect where every rank holds all experts, or there are none"
+    if settings.get("overlap") == "parameters" and degrees.dp * degrees.cp == 1:
+        yield "warning: parallel.options.overlap = parameters has no effect without data parallelism"
     if "exchange" in settings and met not in ("gather", "weights"):
         yield "warning: parallel.options.exchange has no effect where neither tokens nor experts are gathered"
     if "exchange_pieces" in settings and met != "gather":
@@ -260,6 +266,13 @@ def _reasons(
                     f"{group.role} is padded from {group.shape[group.axis]} to {group.shape[group.axis] + missing} so "
                     f"that parallel.tp = {degrees.tp} divides it"
                 )
+
+
+def _dispatch_reason(degrees: Degrees) -> str:
+    if degrees.etp > 1:
+        return f"experts are cut (parallel.etp is {degrees.etp})"
+    few = degrees.ep <= WIDEST_GATHER
+    return f"parallel.ep is {degrees.ep}, {'at most' if few else 'more than'} {WIDEST_GATHER}"
 
 
 def _recompute_reason(cluster: Cluster, chosen: _Trial, total: str, budget: str) -> str:

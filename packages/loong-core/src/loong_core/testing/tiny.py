@@ -46,7 +46,7 @@ def start(recipe: Mapping[str, Any], folder: Path, optimizer: bool = True) -> tu
     from loong_core.recipe_load import load as load_recipe
     from loong_core.registry import Registry, resolve
     from loong_core.train import run as runs
-    from loong_core.train.start import start_weights
+    from loong_core.train.start import freeze, start_weights
 
     warnings.simplefilter("default")  # a worker does not run under the filters of pytest, which the fork inherited
     registry = Registry(load())
@@ -54,6 +54,7 @@ def start(recipe: Mapping[str, Any], folder: Path, optimizer: bool = True) -> tu
     run = runs.create(validate.prepare(loaded, registry, worker=True), registry, folder)
     engine: Engine = resolve(registry.get("parallel_planners", run.plan.planner).build)(run)
     start_weights(run, engine)
+    freeze(run, engine)
     if optimizer:
         engine.optimizer(run.recipe.optim)
     return run, engine
