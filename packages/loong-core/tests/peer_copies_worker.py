@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from loong_core.parallel import transport
+from loong_core.parallel import peer_copies, transport
 from loong_core.references.sum_parts import sum_parts
 
 ROUNDS = 60
@@ -54,6 +54,7 @@ def main() -> None:
             )
     _turns(rank, ranks, group, common, own, generator)
     torch.cuda.synchronize()
+    assert peer_copies.shared_bytes() > 0
     print(f"rank {rank} of {ranks}: {ROUNDS} rounds equal")
     dist.destroy_process_group()
 
