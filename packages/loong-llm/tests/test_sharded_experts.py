@@ -153,7 +153,7 @@ def visited(
 
         def layer(place: int, hidden: Any, own: Any) -> Any:
             if late:
-                hidden = sharded.enter(place, hidden)
+                sharded.enter(place)
 
             def compute(tokens: Any, own: Any, up: Any, down: Any) -> Any:
                 return op(tokens, up, down, own, chosen[place])

@@ -93,8 +93,7 @@ class Decoder(GPTModel):
         if meeting.sharded is not None:
             for layer in self.decoder.layers:
                 if isinstance(layer.mlp, Mixture):
-                    enter = partial(_enter, meeting.sharded, layer.mlp.place)
-                    layer.register_forward_pre_hook(enter, with_kwargs=True)
+                    layer.register_forward_pre_hook(partial(_enter, meeting.sharded, layer.mlp.place))
         self.rotary_angles = RotaryAngles(fields)
         if self.post_process:
             self.output_layer = Head(self.output_layer, context.ops, shape.vocabulary, context.groups.tp)
@@ -173,9 +172,9 @@ class Decoder(GPTModel):
         return values
 
 
-def _enter(sharded: ShardedExperts, place: int, _: Any, args: Any, named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Before a layer is called: megatron-core names its input."""
-    return args, {**named, "hidden_states": sharded.enter(place, named["hidden_states"])}
+def _enter(sharded: ShardedExperts, place: int, *_: Any) -> None:
+    """Before a layer is called."""
+    sharded.enter(place)
 
 
 def _balance(shape: ModelShape, context: BuildContext) -> Balance | None:

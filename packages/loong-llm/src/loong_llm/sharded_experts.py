@@ -79,14 +79,11 @@ class ShardedExperts:
         for place in range(begin, min(begin + ROOMS, end)):
             self._fetch(place)
 
-    def enter(self, place: int, hidden: Tensor) -> Tensor:
-        """The same `hidden`, where the layer at `place` begins: the gradients of its experts are waited for when all of
-        its backward has been launched, attention's too. Without a call they are at once."""
-        if not (torch.is_grad_enabled() and hidden.requires_grad):
-            return hidden
-        self._entered = place, *self._landing(place)
-        tied: Tensor = _Tied.apply(hidden, self._entered[2])
-        return tied
+    def enter(self, place: int) -> None:
+        """The layer at `place` begins: the gradients of its experts are waited for when all of its backward has been
+        launched, attention's too, because autograd runs what was recorded last first. Without a call: at once."""
+        if torch.is_grad_enabled():
+            self._entered = place, *self._landing(place)
 
     def forward(self, place: int, hidden: Tensor, weights: Tensor, compute: Compute) -> Tensor:
         """hidden [t,n] with `weights` [t,k] of the experts chosen for them through the layer at `place` -> [t,n]."""
@@ -204,18 +201,6 @@ class _Landing(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *_: Any) -> tuple[Tensor | None, ...]:
         return None, *ctx.sums.finish()
-
-
-class _Tied(torch.autograd.Function):
-    """The identity, with a landing that comes after its backward."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, landing: Tensor) -> Tensor:
-        return hidden.view_as(hidden)
-
-    @staticmethod
-    def backward(ctx: Any, *found: Tensor) -> tuple[Tensor, None]:
-        return found[0], None
 
 
 class _Step(NamedTuple):
