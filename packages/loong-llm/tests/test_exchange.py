@@ -8,30 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_models import SPARSE
 
 from loong_core.testing import tiny
 from loong_core.testing.ranks import run_ranks
 
 RANKS, TOKENS, CHOSEN, EXPERTS, WIDTH, FFN = 3, 7, 2, 6, 5, 4
 
-CONFIG: dict[str, Any] = {
-    "architectures": ["Qwen3MoeForCausalLM"],
-    "model_type": "qwen3_moe",
-    "vocab_size": 131,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "moe_intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "num_experts": 6,
-    "num_experts_per_tok": 2,
-    "norm_topk_prob": True,
-    "decoder_sparse_step": 1,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-    "tie_word_embeddings": False,
-}
+CONFIG = SPARSE | {"num_hidden_layers": 2}
 
 
 def drawn() -> tuple[Any, ...]:

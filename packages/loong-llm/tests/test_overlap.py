@@ -5,22 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from tiny_models import DENSE, SPARSE
+
 from loong_core.testing import tiny
 from loong_core.testing.ranks import run_ranks
 
-CONFIG = {
-    "architectures": ["Qwen3ForCausalLM"],
-    "model_type": "qwen3",
-    "vocab_size": 131,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-    "tie_word_embeddings": False,
-}
+CONFIG = DENSE | {"num_hidden_layers": 3}
 
 
 def losses(folder: Path, looks: bool) -> list[float]:
@@ -48,16 +38,7 @@ def test_looking_at_parameters_before_the_update_changes_nothing(tmp_path: Path)
 
 def test_what_ranks_share_is_gathered_beside_the_updates_of_experts(tmp_path: Path) -> None:
     """Of two chunks, in one order on all ranks, the experts' own after all updates."""
-    sparse = CONFIG | {
-        "architectures": ["Qwen3MoeForCausalLM"],
-        "model_type": "qwen3_moe",
-        "num_hidden_layers": 4,
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 24,
-        "norm_topk_prob": True,
-        "decoder_sparse_step": 1,
-    }
+    sparse = SPARSE | {"num_experts": 4}
 
     def work(rank: int) -> list[list[str]]:
         from unittest import mock

@@ -6,33 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_models import DENSE, SPARSE
 
 from loong_core.testing import tiny
 from loong_core.testing.ranks import run_ranks
 
-DENSE: dict[str, Any] = {
-    "architectures": ["Qwen3ForCausalLM"],
-    "model_type": "qwen3",
-    "vocab_size": 131,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-    "tie_word_embeddings": False,
-}
-SPARSE = DENSE | {
-    "architectures": ["Qwen3MoeForCausalLM"],
-    "model_type": "qwen3_moe",
-    "moe_intermediate_size": 24,
-    "num_experts": 6,
-    "num_experts_per_tok": 2,
-    "norm_topk_prob": True,
-    "decoder_sparse_step": 1,
-    "mlp_only_layers": [1],
-}
+CONFIG = SPARSE | {"mlp_only_layers": [1]}
 BELOW = ["embed", "layers.0.*"]
 ALL_BUT_EXPERTS = ["embed", "head", "final_norm", "layers.*.attn.*", "layers.*.mlp.*", "layers.*.moe.router"]
 
@@ -45,10 +24,10 @@ ALL_BUT_EXPERTS = ["embed", "head", "final_norm", "layers.*.attn.*", "layers.*.m
         ("qwen3", DENSE, ["embed"], {"pp": 2}),
         ("qwen3", DENSE, BELOW, {"pp": 2, "vpp": 2}),
         ("qwen3", DENSE, ["embed", "layers.0.*", "layers.1.*"], {"tp": 2}),
-        ("qwen3_moe", SPARSE, ["embed"], {"ep": 2}),
-        ("qwen3_moe", SPARSE, BELOW, {"ep": 2, "options": {"dispatch": "weights"}}),
-        ("qwen3_moe", SPARSE, ALL_BUT_EXPERTS, {"ep": 2, "options": {"dispatch": "weights"}}),
-        ("qwen3_moe", SPARSE, ["embed", "layers.0.*", "layers.2.moe.router"], {"ep": 2}),
+        ("qwen3_moe", CONFIG, ["embed"], {"ep": 2}),
+        ("qwen3_moe", CONFIG, BELOW, {"ep": 2, "options": {"dispatch": "weights"}}),
+        ("qwen3_moe", CONFIG, ALL_BUT_EXPERTS, {"ep": 2, "options": {"dispatch": "weights"}}),
+        ("qwen3_moe", CONFIG, ["embed", "layers.0.*", "layers.2.moe.router"], {"ep": 2}),
     ],
     ids=str,
 )

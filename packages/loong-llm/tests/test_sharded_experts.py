@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_models import SPARSE
 
 from loong_core.testing import tiny
 from loong_core.testing.ranks import run_ranks
@@ -15,25 +16,7 @@ RANKS, CHOSEN, EXPERTS, WIDTH, FFN, LAYERS, MICRO_BATCHES = 3, 2, 6, 5, 4, 4, 2
 TOKENS = (7, 0, 4)
 """Of each rank. Nothing that travels depends on them."""
 
-CONFIG: dict[str, Any] = {
-    "architectures": ["Qwen3MoeForCausalLM"],
-    "model_type": "qwen3_moe",
-    "vocab_size": 131,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "moe_intermediate_size": 24,
-    "num_hidden_layers": 4,
-    "mlp_only_layers": [1],
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "num_experts": 6,
-    "num_experts_per_tok": 2,
-    "norm_topk_prob": True,
-    "decoder_sparse_step": 1,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-    "tie_word_embeddings": False,
-}
+CONFIG = SPARSE | {"mlp_only_layers": [1]}
 
 
 def drawn(micro: int) -> tuple[Any, ...]:
